@@ -1,0 +1,27 @@
+"""fxsd adds stochastic depth to any PyTorch model by rewriting its graph.
+
+>>> import fxsd, torchvision
+>>> gm = fxsd.transform(torchvision.models.resnet50(), drop_rate=0.1)
+>>> len(fxsd.sites(gm))
+16
+"""
+
+from fxsd.errors import CaptureError, FxsdError
+from fxsd.pipeline import analyze, transform
+from fxsd.report import Analysis
+from fxsd.residual import RejectedAdd
+from fxsd.site import ResidualSite, set_drop_rate, sites
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Analysis",
+    "CaptureError",
+    "FxsdError",
+    "RejectedAdd",
+    "ResidualSite",
+    "analyze",
+    "set_drop_rate",
+    "sites",
+    "transform",
+]

@@ -1,0 +1,39 @@
+"""Live train and eval: `self.training` is read at run time, not when the model is traced.
+
+While a model is traced, a data descriptor on `nn.Module` answers `self.training` with a proxy of `<path>.training`,
+so `F.dropout(x, training=self.training)` follows every submodule's own flag later on. Python that branches on the flag
+gets the mode of the trace, and the module that did so is noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import fx, nn
+
+
+class Flag(fx.Proxy):
+    """The proxy of one module's `training`; a plain bool where Python must decide."""
+
+    def __init__(self, node: fx.Node, tracer: Any, decide: Callable[[], bool]) -> None:
+        super().__init__(node, tracer)
+        self._decide = decide
+
+    def __bool__(self) -> bool:
+        return self._decide()
+
+
+@contextmanager
+def live_training(read: Callable[[nn.Module], Any]) -> Iterator[None]:
+    """Inside, `module.training` is `read(module)` for every module; assignments still reach the module itself."""
+
+    def write(module: nn.Module, value: bool) -> None:
+        module.__dict__["training"] = value
+
+    nn.Module.training = property(read, write)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del nn.Module.training  # an annotation only: the class has no such attribute of its own

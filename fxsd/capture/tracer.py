@@ -1,0 +1,281 @@
+"""nn.Module -> fx.Graph, by running the model's Python once on proxies."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.proxy import ParameterProxy
+from torch.nn.utils import parametrize
+
+from fxsd.capture.modes import Flag, live_training
+from fxsd.capture.signature import bind, check_bound
+from fxsd.errors import CaptureError
+from fxsd.graphmodule import CONSTANTS
+
+# Called without any proxy these would run once, at trace time, and bake their values (and draws) into the graph.
+_FACTORIES = (
+    "arange", "bernoulli", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint", "randn", "randperm",
+    "tensor", "zeros",
+)  # fmt: skip
+# nn.Module subclasses whose own forward holds no sum of activations, or is not worth reading, are leaves; these hold residual adds.
+_COMPOSITES = (
+    nn.Sequential, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer, nn.Transformer,
+)  # fmt: skip
+_CONTEXTS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Untraceable(Exception):
+    """A part of the model that must not be recorded op by op."""
+
+
+class _Value(fx.Proxy):
+    """A value of the trace. Tensors are dense: layouts that no graph rewrite supports are known to be absent."""
+
+    @property
+    def is_nested(self) -> bool:
+        return False
+
+    is_sparse = is_quantized = is_mkldnn = is_nested
+
+
+class Tracer(fx.Tracer):
+    """Traces a model whole, with three differences from `fx.Tracer`.
+
+    - `training` stays live (see `modes`); `branched` names the modules whose Python decided on it.
+    - A submodule that cannot be traced becomes a leaf, if `hides_sites` says that it hides no residual add; `opaque` says why.
+    - Nothing is written to the model; `constants` collects the tensors that are made while tracing.
+
+    Args:
+        leaves: paths of modules to keep as calls.
+        training: the mode that Python decisions on `self.training` see.
+        hides_sites: told a module that failed, returns how many residual adds would be out of reach inside it.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self,
+        leaves: frozenset[str] = frozenset(),
+        training: bool = True,
+        hides_sites: Callable[[nn.Module], int] = lambda module: 0,
+        constants: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.leaves, self.training, self.hides_sites = leaves, training, hides_sites
+        self.branched: dict[str, None] = {}
+        self.opaque: dict[str, str] = {}
+        self.constants: dict[str, torch.Tensor] = {} if constants is None else constants
+        self._attributes: dict[str, fx.Proxy] = {}
+        self._flags: dict[str, fx.Proxy] = {}
+
+    def trace_model(self, root: nn.Module, example_inputs: Any) -> fx.Graph:
+        """Traces `root`. The caller restores the model (see `snapshot`)."""
+        self._example_inputs = example_inputs
+        self._names = {id(t): n for n, t in [*root.named_parameters(), *root.named_buffers()]}
+        with ExitStack() as stack:
+            self._read_flag: Callable[[nn.Module], Any] = lambda module: module.__dict__["training"]
+            stack.enter_context(live_training(lambda module: self._read_flag(module)))
+            stack.enter_context(_recorded_factories(self))
+            stack.enter_context(_noticed_contexts())
+            fastpath = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+            stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+            try:
+                graph = self.trace(root)
+            except CaptureError:
+                raise
+            except Exception as error:
+                raise CaptureError(self._why("", root, error)) from error
+        for flag in list(graph.nodes):
+            if flag.op == "get_attr" and flag.target.rpartition(".")[2] == "training" and not flag.users:
+                graph.erase_node(flag)
+        return graph
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        root = self.root
+        own = root.__dict__.get("forward")  # a forward patched onto the instance is the one that runs
+        target = own or root.forward
+        parameters, bound = bind(target, self._example_inputs)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for parameter in parameters:
+            default = () if parameter.default is inspect.Parameter.empty else (parameter.default,)
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not default:
+                default = (None,) if any(p.args for p in self.graph.nodes) else ()
+            value: Any = self.create_proxy("placeholder", parameter.name, default, {})
+            if parameter.name in bound:
+                fixed = bound[parameter.name]
+                if default and self._recordable(fixed):
+                    self.create_proxy("call_function", check_bound, (value, fixed, parameter.name), {})
+                value = fixed
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                kwargs[parameter.name] = value
+            else:
+                args.append(value)
+        self._read_flag = self._flag
+
+        def run(*values):  # type: ignore[no-untyped-def]  # its annotations would show in the generated code
+            return target(*values, **kwargs)
+
+        return run, args
+
+    @staticmethod
+    def _recordable(value: Any) -> bool:
+        return value is None or isinstance(value, (bool, int, float, str))
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    # --- what is a leaf ---------------------------------------------------------------------------------------------
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.leaves:
+            return True
+        if any(getattr(m, hooks, None) for hooks in _HOOKS) or parametrize.is_parametrized(m):
+            self.opaque[module_qualified_name] = "it has hooks or parametrizations, which only run when the module is called"
+            return True
+        if isinstance(m, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
+            self.opaque[module_qualified_name] = "it is compiled"
+            return True
+        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _COMPOSITES)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        path = self.submodule_paths.get(m) if self.submodule_paths else None
+        if path is None:
+            return self._call_unregistered(m, forward, args, kwargs)
+        last = next(iter(reversed(self.graph.nodes)))
+        stack, calls = dict(self.module_stack), dict(self.num_calls)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except CaptureError:
+            raise
+        except Exception as error:
+            why = self._why(path, m, error)
+            hidden = self.hides_sites(m)
+            if hidden:
+                adds = "1 residual add" if hidden == 1 else f"{hidden} residual adds"
+                raise CaptureError(f"{why} It holds {adds}, which could not be rewritten.") from error
+            self._roll_back(last, stack, calls)
+            self.leaves |= {path}
+            self.opaque[path] = why
+            return super().call_module(m, forward, args, kwargs)
+
+    def _call_unregistered(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A module made inside a forward, `nn.Softmax(-1)(x)`: its ops are its caller's."""
+        if next(m.parameters(), None) is not None or next(m.buffers(), None) is not None:
+            raise Untraceable(f"it calls a {type(m).__name__} that is not one of its submodules")
+        return forward(*args, **kwargs)
+
+    def _roll_back(self, last: fx.Node, stack: dict[str, Any], calls: dict[str, int]) -> None:
+        erased = set()
+        for node in reversed(self.graph.nodes):
+            if node is last:
+                break
+            self.graph.erase_node(node)
+            erased.add(node)
+        for cache in (self._attributes, self._flags):
+            for key in [key for key, proxy in cache.items() if proxy.node in erased]:
+                del cache[key]
+        self.module_stack.clear()
+        self.module_stack.update(stack)
+        self.num_calls.clear()
+        self.num_calls.update(calls)
+
+    # --- attributes and constants -----------------------------------------------------------------------------------
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        name = self._names.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
+        if name is None:
+            return attr_val
+        if name not in self._attributes:
+            node = self.create_node("get_attr", name, (), {})
+            self._attributes[name] = ParameterProxy(self, node, name, nn.Parameter(attr_val, requires_grad=False))
+        return self._attributes[name]
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor):
+            name = self._names.get(id(a)) or self.tensor_attrs.get(a)
+            if name is None:
+                constant = f"constant{len(self.constants)}"
+                self.constants[constant] = a.detach()
+                name = f"{CONSTANTS}.{constant}"
+                self.tensor_attrs[a] = name
+            return self.create_node("get_attr", name, (), {})
+        return super().create_arg(a)
+
+    def _flag(self, module: nn.Module) -> Any:
+        path = self.submodule_paths.get(module) if self.submodule_paths else None
+        if path is None:
+            return module.__dict__.get("training", True)
+        if path not in self._flags:
+            node = self.create_node("get_attr", f"{path}.training" if path else "training", (), {})
+
+            def decide() -> bool:
+                self.branched[path] = None
+                return self.training
+
+            self._flags[path] = Flag(node, self, decide)
+        return self._flags[path]
+
+    def _why(self, path: str, module: nn.Module, error: Exception) -> str:
+        where = f"module {path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
+        frame = _last_user_frame(error)
+        line = f"{frame.filename}:{frame.lineno}, `{(frame.line or '').strip()}`" if frame else "its code"
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return (
+            f"{where} stopped tracing at {line}: {cause} Pass example_inputs if the decision rests on shapes or on optional "
+            f"arguments; otherwise keep the module out of the forward, or write this line with tensor ops."
+        )
+
+
+def _last_user_frame(error: Exception) -> traceback.FrameSummary | None:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/fx/" not in f.filename and "/fxsd/capture/" not in f.filename and "/torch/nn/modules/module.py" not in f.filename]
+    return own[-1] if own else None
+
+
+@contextmanager
+def _recorded_factories(tracer: Tracer) -> Iterator[None]:
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+
+    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            return tracer.create_proxy("call_function", function, args, kwargs)
+
+        return record
+
+    for name, function in originals.items():
+        setattr(torch, name, recorded(function))
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(torch, name, function)
+
+
+@contextmanager
+def _noticed_contexts() -> Iterator[None]:
+    """`with torch.no_grad():` leaves no node, so the graph would lose it without a word."""
+    originals: Mapping[Any, Any] = {cls: cls.__enter__ for cls in _CONTEXTS}
+
+    def refuse(context: Any) -> Any:
+        raise Untraceable(f"it enters {type(context).__name__}, which a graph cannot hold.")
+
+    for cls in originals:
+        cls.__enter__ = refuse
+    try:
+        yield
+    finally:
+        for cls, enter in originals.items():
+            cls.__enter__ = enter

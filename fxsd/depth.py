@@ -1,0 +1,70 @@
+"""Where in the network a site stands: the block that it belongs to, and the depth of that block.
+
+A block is the nearest numbered module around the add (`stages.1.blocks.3`), so attention and MLP of a transformer layer share a
+depth. Depth follows the data: the longest path of blocks that lead to this one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import networkx as nx
+from torch import fx
+
+from fxsd.residual import Residual, call, owner
+
+_NUMBER = re.compile(r"(^|\.)\d+$")
+_NUMBERED = re.compile(r"\d$")  # encoder_layer_0, block1-0
+
+
+def depths(graph: fx.Graph, residuals: Sequence[Residual], depth_by: str = "block") -> list[int]:
+    """The depth of each residual add, from 0.
+
+    Args:
+        graph: the graph that holds them.
+        residuals: in graph order.
+        depth_by: `"block"` or `"add"`, where every add is a block of its own.
+    """
+    blocks = _blocks(residuals) if depth_by == "block" else [r.add.name for r in residuals]
+    block_of = {residual.add: block for residual, block in zip(residuals, blocks, strict=True)}
+    order = nx.DiGraph()
+    order.add_nodes_from(blocks)
+    latest: dict[fx.Node, frozenset[str]] = {}  # the blocks that a value comes from, with none between
+    for node in graph.nodes:
+        before = frozenset().union(*(latest[arg] for arg in node.all_input_nodes))
+        if node in block_of:
+            block = block_of[node]
+            order.add_edges_from((other, block) for other in before if other != block)
+            before = frozenset([block])
+        latest[node] = before
+    # Blocks that lead to each other in both directions, as interleaved streams do, share a depth.
+    groups = nx.condensation(order)
+    depth = {
+        block: generation
+        for generation, members in enumerate(nx.topological_generations(groups))
+        for group in members
+        for block in groups.nodes[group]["members"]
+    }
+    return [depth[block] for block in blocks]
+
+
+def _blocks(residuals: Sequence[Residual]) -> list[str]:
+    # A number that is around every site tells none of them apart: Sequential(normalize, model).
+    around = [{path for path, _ in _stack(r)} for r in residuals]
+    common = set.intersection(*around) if len(around) > 1 else set()
+    return [_block(residual, common) for residual in residuals]
+
+
+def _block(residual: Residual, common: set[str]) -> str:
+    for pattern in (_NUMBER, _NUMBERED):
+        for path, key in reversed(_stack(residual)):
+            if pattern.search(path) and path not in common:
+                return key
+    return f"{call(residual.add)}:{residual.add.name}"
+
+
+def _stack(residual: Residual) -> list[tuple[str, str]]:
+    """(path, path told apart by call) of the modules around the add, outermost first."""
+    stack = residual.add.meta.get("nn_module_stack")
+    return [(value[0], str(key)) for key, value in stack.items()] if stack else [(owner(residual.add), "")]

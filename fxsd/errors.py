@@ -1,0 +1,14 @@
+"""The one error family of the package."""
+
+from __future__ import annotations
+
+
+class FxsdError(Exception):
+    """Base of every error that fxsd raises on purpose.
+
+    A message states the rule, the value that broke it, and what to do next.
+    """
+
+
+class CaptureError(FxsdError):
+    """The model, or a part of it that holds residual adds, cannot be captured as a graph."""

@@ -1,0 +1,110 @@
+"""What runs: the module that stands in the rewritten graph, on the branch side of a residual add.
+
+    y = shortcut + branch      becomes      y = shortcut + drop(branch)
+
+The add itself stays, so operand order, `alpha`, type promotion and in-place writes are the model's own. For
+branch r, rate p and q = 1 - p, `drop(r)` is
+
+| | scaling="inference" (Huang 2016) | scaling="train" (timm, torchvision) |
+|---|---|---|
+| training, "sample" | m * r, m ~ Bernoulli(q), one draw per sample | (m / q) * r |
+| training, "block"  | the same, one draw for the whole batch | the same |
+| eval               | q * r | r, the very same tensor |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+METHODS = ("sample", "block")
+SCALINGS = ("inference", "train")
+
+_TINY = 1e-30  # stands for q where nothing is kept, so that 0 / q is 0
+
+
+class StochasticDepth(nn.Module):
+    """Drops the branch of a residual add at random: the op of one site.
+
+    Args:
+        drop_rate: probability that the branch is dropped, in [0, 1].
+        stochastic_method: `"sample"` draws for each row of dim 0, `"block"` once for the whole batch.
+        scaling: `"inference"` multiplies by 1 - drop_rate in eval, `"train"` divides by it in training.
+        site, module, depth, kind: what the op stands for, shown in its repr; they decide nothing.
+        weight: `drop_rate` over the model-wide rate, for `fxsd.set_drop_rate`.
+
+    Shape:
+        - Input: `[batch, ...]`, any floating dtype and memory format.
+        - Output: the same.
+
+    The rate lives in a non-persistent float32 buffer: it moves with the module, is absent from the state
+    dict, keeps its precision when the model is cast, and can change without recompiling. Draws are made in float32 and
+    follow `torch.manual_seed`. A dropped row is exactly zero, and so is its gradient.
+
+    References:
+        Huang et al., "Deep Networks with Stochastic Depth", 2016, https://arxiv.org/abs/1603.09382
+
+    Example:
+        >>> drop = StochasticDepth(0.5, scaling="train")
+        >>> rows = drop(torch.ones(1000, 3))
+        >>> sorted(set(rows.flatten().tolist()))
+        [0.0, 2.0]
+        >>> drop.eval()(torch.ones(2)).tolist()
+        [1.0, 1.0]
+    """
+
+    drop_rate: Tensor
+
+    def __init__(
+        self,
+        drop_rate: float,
+        stochastic_method: str = "sample",
+        scaling: str = "inference",
+        *,
+        site: str = "",
+        module: str = "",
+        depth: int = 0,
+        kind: str = "identity",
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("drop_rate", torch.tensor(drop_rate, dtype=torch.float32), persistent=False)
+        self.stochastic_method = stochastic_method
+        self.scaling = scaling
+        self.site, self.module, self.depth, self.kind, self.weight = site, module, depth, kind, weight
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if self.training:
+            shape = [1] * branch.dim()
+            if self.stochastic_method == "sample" and shape:
+                shape[0] = branch.shape[0]
+            # u >= p, not floor(q + u): exact at p = 0 and 1, unbiased at small p whatever the branch's dtype.
+            keep = torch.rand(shape, device=branch.device, dtype=torch.float32) >= self.drop_rate
+            # The small mask takes the scale, so that the branch is read and written once.
+            mask = keep if self.scaling == "inference" else keep / (1.0 - self.drop_rate).clamp(min=_TINY)
+            return branch * mask.to(branch.dtype)
+        return branch * (1.0 - self.drop_rate).to(branch.dtype) if self.scaling == "inference" else branch
+
+    def set_drop_rate(self, drop_rate: float) -> None:
+        """Sets the rate in place, so that compiled code sees it without recompiling."""
+        with torch.no_grad():
+            self.drop_rate.fill_(drop_rate)
+
+    @property
+    def rate(self) -> float:
+        """The rate as a float, to the 7 digits that float32 holds."""
+        return float(f"{self.drop_rate.item():.7g}")
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> StochasticDepth:
+        rate = self.drop_rate
+        super()._apply(fn, recurse)
+        # `model.half()` casts every floating buffer; a rate in bf16 would be off by up to 0.4 %.
+        self.drop_rate = rate.to(self.drop_rate.device) if not rate.is_meta else self.drop_rate.float()
+        return self
+
+    def extra_repr(self) -> str:
+        rate = "meta" if self.drop_rate.is_meta else f"{self.rate:.4g}"
+        return f"{rate}, {self.stochastic_method!r}, {self.scaling!r}, site={self.site!r}, depth={self.depth}, kind={self.kind!r}"

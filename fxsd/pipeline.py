@@ -1,0 +1,290 @@
+"""The verbs: `transform` and `analyze`. Arguments are checked here, then capture -> find -> rate -> rewrite."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import fx, nn
+
+from fxsd import residual
+from fxsd.capture import Captured, capture
+from fxsd.depth import depths
+from fxsd.errors import FxsdError
+from fxsd.graphmodule import StochasticGraphModule
+from fxsd.ops import METHODS, SCALINGS
+from fxsd.rates import Distribution, check_distribution, check_rate, weights
+from fxsd.report import Analysis, stage
+from fxsd.residual import Found, RejectedAdd, Residual
+from fxsd.rewrite import Plan, rewrite
+from fxsd.site import ResidualSite
+from fxsd.values import kinds
+
+Names = str | Sequence[str] | None
+
+
+def transform(
+    model: nn.Module,
+    drop_rate: float = 0.1,
+    *,
+    drop_distribution: Distribution = "linear",
+    stochastic_method: str = "sample",
+    target_layer_name: Names = None,
+    include: Names = None,
+    exclude: Names = None,
+    scaling: str = "inference",
+    compute: str = "mask",
+    depth_by: str = "block",
+    existing: str = "replace",
+    example_inputs: Any = None,
+    subset_batch_norm: bool = False,
+    sync_ranks: bool = False,
+) -> fx.GraphModule:
+    """Adds stochastic depth to a model: every residual add `shortcut + branch` becomes `shortcut + drop(branch)`.
+
+    The model is not changed. The result shares its parameters, buffers and leaf modules; `copy.deepcopy` the model first for independence.
+
+    Args:
+        model: any module that `torch.fx` can trace, whole or with untraceable parts kept as calls.
+        drop_rate: probability that a branch is dropped, in [0, 1]; spread over depth by `drop_distribution`.
+        drop_distribution: `"linear"`, `"uniform"`, `"huang"`, `"efficientnet"`, `"exponential"`; a callable `f(depth, depths)` that gives
+            a factor of `drop_rate`; a sequence with one rate a depth; or a mapping from globs of site names to rates.
+        stochastic_method: `"sample"`: each sample (dim 0) draws for itself. `"block"`: one draw for the whole batch.
+        target_layer_name: only sites inside these modules: class names, or globs of module paths.
+        include: globs of module paths whose adds are taken even where the rules of `fxsd.residual` say no.
+        exclude: globs of module paths whose sites are left out.
+        scaling: `"inference"`: eval multiplies the branch by 1 - drop_rate. `"train"`: training divides by it, and eval is the
+            original model bit for bit.
+        compute: `"mask"`: the branch is computed and multiplied by 0 or 1.
+        depth_by: `"block"`: the adds of one block (the nearest numbered module around them) share a depth. `"add"`: each has its own.
+        existing: stochastic depth already at a site: `"replace"` it, `"keep"` it and leave the site alone, or raise an `"error"`.
+        example_inputs: a tuple of args or a dict of kwargs of the call to capture; says which optional arguments are given.
+        subset_batch_norm, sync_ranks: must be False in this version.
+
+    Returns:
+        A `torch.fx.GraphModule` with the same state-dict keys, parameters and signature, in the same mode. `train()` and `eval()`
+        act on it as on the model; `torch.compile(gm, fullgraph=True)` takes it whole.
+
+    Raises:
+        FxsdError: an argument is out of range, the model cannot be captured, or it has no residual add.
+
+    References:
+        Huang et al., "Deep Networks with Stochastic Depth", 2016, https://arxiv.org/abs/1603.09382
+
+    Example:
+        >>> import torch, torchvision
+        >>> gm = transform(torchvision.models.resnet18(), drop_rate=0.2)
+        >>> len(sites(gm))
+        8
+        >>> gm.eval()(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 1000])
+    """
+    options = Options(
+        drop_rate, drop_distribution, stochastic_method, target_layer_name, include, exclude, scaling, compute, depth_by, existing,
+        example_inputs, subset_batch_norm, sync_ranks,
+    )  # fmt: skip
+    with stage(f"transforming {type(model).__name__}"):
+        planned = _plan(model, options)
+        if not planned.plans:
+            raise FxsdError(_no_sites(planned))
+        return rewrite(planned.captured, planned.plans, planned.eval_residuals, stochastic_method, scaling)
+
+
+def analyze(model: nn.Module, drop_rate: float = 0.1, **options: Any) -> Analysis:
+    """Shows what `transform` would do with the same arguments, and changes nothing.
+
+    Args:
+        model, drop_rate, **options: as for `fxsd.transform`.
+
+    Returns:
+        An `Analysis`: `sites`, `rejected` (every other tensor add, with the reason) and `notes`; `print()` shows them as tables.
+        A model without residual adds has no sites.
+
+    Raises:
+        FxsdError: as `fxsd.transform`, but for models without sites.
+
+    Example:
+        >>> import torchvision
+        >>> found = analyze(torchvision.models.vit_b_16(), drop_rate=0.1)
+        >>> len(found.sites), found.rejected[0].reason
+        (24, 'encoder_pos_embedding is a parameter or a constant, not the output of a branch')
+    """
+    checked = Options(drop_rate, **options)
+    with stage(f"analyzing {type(model).__name__}"):
+        planned = _plan(model, checked)
+    found = tuple(
+        ResidualSite(p.name, r.module, p.depth, p.drop_rate, r.kind, "mask", r.add, r.branch, r.shortcut, r.fork)
+        for p in planned.plans
+        for r in (p.residual,)
+    )
+    return Analysis(type(model).__name__, found, planned.rejected, planned.notes)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `transform`, checked."""
+
+    drop_rate: float = 0.1
+    drop_distribution: Distribution = "linear"
+    stochastic_method: str = "sample"
+    target_layer_name: Names = None
+    include: Names = None
+    exclude: Names = None
+    scaling: str = "inference"
+    compute: str = "mask"
+    depth_by: str = "block"
+    existing: str = "replace"
+    example_inputs: Any = None
+    subset_batch_norm: bool = False
+    sync_ranks: bool = False
+
+    def __post_init__(self) -> None:
+        check_rate("drop_rate", self.drop_rate)
+        check_distribution(self.drop_distribution)
+        for name, legal in (
+            ("stochastic_method", METHODS),
+            ("scaling", SCALINGS),
+            ("compute", ("mask", "skip", "auto")),
+            ("depth_by", ("block", "add")),
+            ("existing", ("replace", "keep", "error")),
+        ):
+            value = getattr(self, name)
+            if value not in legal:
+                raise FxsdError(f"{name} must be one of {', '.join(map(repr, legal))}, but got {value!r}.")
+        for name in ("target_layer_name", "include", "exclude"):
+            _names(name, getattr(self, name))
+        if self.compute != "mask":
+            raise FxsdError(f"compute must be 'mask' in this version, which does not skip branches yet, but got {self.compute!r}.")
+        for name in ("subset_batch_norm", "sync_ranks"):
+            if getattr(self, name) is not False:
+                raise FxsdError(f"{name} must be False in this version, but got {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True)
+class _Planned:
+    captured: Captured
+    plans: tuple[Plan, ...]
+    eval_residuals: dict[str, Residual]
+    rejected: tuple[RejectedAdd, ...]
+    notes: tuple[str, ...]
+
+
+def _plan(model: nn.Module, options: Options) -> _Planned:
+    include = _names("include", options.include)
+
+    def find(captured: Captured, graph: fx.Graph) -> Found:
+        found_kinds = kinds(graph, captured.model.get_submodule, captured.drop_paths)
+        return residual.find(graph, found_kinds, lambda module: _matches(module, include))
+
+    captured = capture(model, options.example_inputs, lambda c: {r.module for r in find(c, c.graph).residuals})
+    if options.existing == "error" and captured.drop_paths:
+        raise FxsdError(
+            f"existing='error', and the model has stochastic depth of its own: {_some(sorted(captured.drop_paths))}. "
+            "Use existing='replace' or existing='keep'."
+        )
+    found = find(captured, captured.graph)
+    taken, left = _select(model, found, options)
+    names = _site_names(taken)
+    place = depths(captured.graph, taken, options.depth_by)
+    base, factors = weights(options.drop_rate, names, place, options.drop_distribution) if taken else (options.drop_rate, [])
+    plans = tuple(
+        Plan(name, r, depth, factor, base * factor)
+        for name, r, depth, factor in zip(names, taken, place, factors, strict=True)
+        if not (options.existing == "keep" and r.existing)
+    )
+    eval_residuals: dict[str, Residual] = {}
+    if captured.eval_graph is not None:
+        others, _ = _select(model, find(captured, captured.eval_graph), options, check=False)
+        planned = {plan.name for plan in plans}
+        eval_residuals = {name: r for name, r in zip(_site_names(others), others, strict=True) if name in planned}
+    order = {node: i for i, node in enumerate(captured.graph.nodes)}
+    rejected = tuple(sorted((*found.rejected, *left), key=lambda r: order[r.add]))
+    return _Planned(captured, plans, eval_residuals, rejected, _notes(captured, taken, options))
+
+
+def _select(model: nn.Module, found: Found, options: Options, check: bool = True) -> tuple[list[Residual], list[RejectedAdd]]:
+    """Splits the residual adds into those that the user wants and those that he does not."""
+    targets, exclude = _names("target_layer_name", options.target_layer_name), _names("exclude", options.exclude)
+    classes = {name: type(module).__name__ for name, module in model.named_modules()}
+    taken, left = [], []
+    for r in found.residuals:
+        if _matches(r.module, exclude):
+            left.append(RejectedAdd(r.add, r.module, "exclude names its module"))
+        elif targets and not _matches(r.module, targets, classes):
+            left.append(RejectedAdd(r.add, r.module, "target_layer_name names none of the modules around it"))
+        else:
+            taken.append(r)
+    if check and targets and found.residuals and not taken:
+        around = {classes[path] for r in found.residuals for path in _ancestors(r.module) if path in classes}
+        raise FxsdError(
+            f"target_layer_name must name a class or a module path around a residual add, but got {options.target_layer_name!r}. "
+            f"Classes around them are {_some(sorted(around))}."
+        )
+    return taken, left
+
+
+def _site_names(residuals: Sequence[Residual]) -> list[str]:
+    """The module of each add, with a number where the module executes several."""
+    total, seen, names = Counter(r.module for r in residuals), Counter[str](), []
+    for r in residuals:
+        number = str(seen[r.module])
+        seen[r.module] += 1
+        several = total[r.module] > 1 or not r.module
+        name = ".".join(filter(None, (r.module, number))) if several else r.module
+        while name in names or (several and name in total):
+            name += "_"
+        names.append(name)
+    return names
+
+
+def _notes(captured: Captured, taken: Sequence[Residual], options: Options) -> tuple[str, ...]:
+    notes = [f"kept as a call: {why}" for why in captured.opaque.values()]
+    at_sites = {str(r.existing.target) for r in taken if r.existing}
+    elsewhere = sorted(captured.drop_paths - at_sites)
+    if elsewhere:
+        notes.append(f"stochastic depth with no residual add behind it, or at an add that was not taken, stays as it is: {_some(elsewhere)}")
+    if options.existing == "keep" and at_sites:
+        notes.append(f"sites that keep the stochastic depth they have: {_some(sorted(at_sites))}")
+    return tuple(notes)
+
+
+def _no_sites(planned: _Planned) -> str:
+    reasons = Counter(rejected.reason for rejected in planned.rejected)
+    text = f"{type(planned.captured.model).__name__} has no residual add to drop the branch of."
+    if reasons:
+        text += " Adds that were looked at: " + "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3)) + "."
+    if planned.notes:
+        text += f" Also: {planned.notes[0]}"
+    return text + " fxsd.analyze(model).print() shows all of them."
+
+
+def _names(argument: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    listed = (value,) if isinstance(value, str) else value
+    if not isinstance(listed, Sequence) or not all(isinstance(name, str) for name in listed):
+        raise FxsdError(f"{argument} must be a string, a list of strings or None, but got {value!r}.")
+    return tuple(listed)
+
+
+def _ancestors(path: str) -> list[str]:
+    parts = path.split(".") if path else []
+    return ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
+
+
+def _matches(path: str, names: Sequence[str], classes: dict[str, str] | None = None) -> bool:
+    """Does a name match `path` or a module around it, as a glob or, where `classes` is given, as a class name?"""
+    around = _ancestors(path)
+    return any(
+        (classes is not None and classes.get(part) == name) or (part and fnmatchcase(part, name)) for name in names for part in around
+    )
+
+
+def _some(items: Sequence[str], most: int = 8) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+__all__ = ["Analysis", "StochasticGraphModule", "analyze", "transform"]

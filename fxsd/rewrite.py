@@ -1,0 +1,119 @@
+"""(captured graph, sites, rates) -> the rewritten GraphModule. Decides nothing.
+
+    before                                    after, for every site
+        conv3 = self.layer1.0.conv3(relu)         conv3 = self.layer1.0.conv3(relu)
+        add = conv3 + x                           drop = self.layer1.0.stochastic_depth(conv3)
+                                                  add = drop + x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import fx, nn
+
+from fxsd.capture import Captured
+from fxsd.graphmodule import META, StochasticGraphModule, build
+from fxsd.ops import StochasticDepth
+from fxsd.residual import Residual
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One site to be: the add as found, and what its op shall be."""
+
+    name: str
+    residual: Residual
+    depth: int
+    weight: float
+    drop_rate: float
+
+
+def rewrite(
+    captured: Captured,
+    plans: Sequence[Plan],
+    eval_residuals: Mapping[str, Residual],
+    stochastic_method: str,
+    scaling: str,
+) -> StochasticGraphModule:
+    """Puts a `StochasticDepth` on the branch of every planned site.
+
+    Args:
+        captured: owns the graphs, which are edited.
+        plans: the sites of `captured.graph`.
+        eval_residuals: site name -> the same add in `captured.eval_graph`, where there is one.
+        stochastic_method, scaling: as in `fxsd.transform`.
+    """
+    # The tree is built while native drop paths are still called: they stay the user's own modules.
+    gm = build(captured.model, captured.graph, captured.eval_graph, captured.constants)
+    targets: dict[str, str] = {}
+    retired = _retire(gm, [plan.residual for plan in plans])
+    for plan in plans:
+        home = gm.get_submodule(plan.residual.module)
+        op = StochasticDepth(
+            plan.drop_rate,
+            stochastic_method,
+            scaling,
+            site=plan.name,
+            module=plan.residual.module,
+            depth=plan.depth,
+            kind=plan.residual.kind,
+            weight=plan.weight,
+        ).train(home.training)
+        op.to(_device(home, gm))
+        targets[plan.name] = _attach(home, plan.residual.module, op)
+        _insert(plan.residual, targets[plan.name], retired)
+    retired = _retire(gm, list(eval_residuals.values()))
+    for name, residual in eval_residuals.items():
+        _insert(residual, targets[name], retired)
+    for graph in (captured.graph, captured.eval_graph):
+        if graph is not None:
+            graph.lint()
+    gm.recompile()
+    return gm
+
+
+def _device(home: nn.Module, gm: nn.Module) -> torch.device:
+    """Where the site's rate must live: with the parameters around it. A model on the meta device has no such place yet."""
+    tensors = chain(home.parameters(), home.buffers(), gm.parameters(), gm.buffers())
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _attach(home: nn.Module, path: str, op: StochasticDepth) -> str:
+    name, count = "stochastic_depth", 0
+    while hasattr(home, name):
+        count += 1
+        name = f"stochastic_depth_{count}"
+    home.add_module(name, op)
+    return f"{path}.{name}" if path else name
+
+
+def _retire(gm: nn.Module, residuals: Sequence[Residual]) -> dict[fx.Node, fx.Node]:
+    """Takes out the stochastic depth that branches already end in. Returns each node taken out -> what stands for it now."""
+    retired: dict[fx.Node, fx.Node] = {}
+    for residual in residuals:
+        native = residual.existing
+        if native is None:
+            continue
+        retired[native] = native.all_input_nodes[0]
+        native.replace_all_uses_with(retired[native])
+        native.graph.erase_node(native)
+        home, _, name = str(native.target).rpartition(".")
+        parent = gm.get_submodule(home)
+        if isinstance(parent._modules.get(name), StochasticDepth):
+            delattr(parent, name)
+    return retired
+
+
+def _insert(residual: Residual, target: str, retired: Mapping[fx.Node, fx.Node]) -> None:
+    add = residual.add
+    branch = retired.get(residual.branch, residual.branch)
+    with add.graph.inserting_before(add):
+        drop = add.graph.call_module(target, (branch,))
+    drop.meta.update(add.meta)
+    drop.meta[META] = {"fork": retired.get(residual.fork, residual.fork).name}
+    add.replace_input_with(branch, drop)

@@ -1,0 +1,112 @@
+"""The sites of a transformed model: what they are, and moving their rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from fxsd.errors import FxsdError
+from fxsd.graphmodule import META, StochasticGraphModule
+from fxsd.ops import StochasticDepth
+from fxsd.rates import check_rate, largest_rate
+from fxsd.residual import operands
+
+
+@dataclass(frozen=True)
+class ResidualSite:
+    """A residual add that is rewritten, `add = shortcut + branch`.
+
+    Attributes:
+        name: unique in the model: `"layer1.0"`, or `"blocks.3.1"` for the second add that `blocks.3` executes.
+        module: qualified name of the module whose forward executes the add.
+        depth: 0-based place of its block in topological order.
+        drop_rate: probability that the branch of a sample is dropped.
+        kind: `"identity"` or `"projection"`: what the shortcut is.
+        compute: `"mask"`: the branch is computed and multiplied by 0 or 1.
+        add, branch, shortcut, fork: nodes of the graph; both operands come from `fork`. In a transformed model `branch` is what
+            enters the site's op.
+    """
+
+    name: str
+    module: str
+    depth: int
+    drop_rate: float
+    kind: str
+    compute: str
+    add: fx.Node
+    branch: fx.Node
+    shortcut: fx.Node
+    fork: fx.Node
+
+
+def sites(gm: nn.Module) -> tuple[ResidualSite, ...]:
+    """Lists the sites of a transformed model, in topological order, with the rates as they are now.
+
+    Args:
+        gm: what `fxsd.transform` returned, or a module that holds it: compiled, DDP, FSDP, EMA.
+
+    Raises:
+        FxsdError: there is no transformed model in `gm`.
+
+    Example:
+        >>> import torchvision
+        >>> gm = transform(torchvision.models.resnet18(), drop_rate=0.7)
+        >>> [(site.name, round(site.drop_rate, 2)) for site in sites(gm)][:3]
+        [('layer1.0', 0.0), ('layer1.1', 0.1), ('layer2.0', 0.2)]
+    """
+    return tuple(site for part in _graph_modules(gm) for site in _sites_of(part))
+
+
+def set_drop_rate(gm: nn.Module, drop_rate: float) -> None:
+    """Moves the rates of all sites in place, keeping their distribution. Compiled code sees it without recompiling.
+
+    Where the distribution stated rates itself (a sequence or a mapping), they keep their proportions and the largest becomes `drop_rate`.
+
+    Args:
+        gm: what `fxsd.transform` returned, or a module that holds it: compiled, DDP, FSDP, EMA.
+        drop_rate: as in `fxsd.transform`, in [0, 1].
+
+    Raises:
+        FxsdError: the rate is out of range, or there is no transformed model in `gm`.
+
+    Example:
+        >>> import torchvision
+        >>> gm = transform(torchvision.models.resnet18(), drop_rate=0.7)
+        >>> set_drop_rate(gm, 0.0)
+        >>> {site.drop_rate for site in sites(gm)}
+        {0.0}
+    """
+    rate = check_rate("drop_rate", drop_rate)
+    ops = [module for part in _graph_modules(gm) for module in part.modules() if isinstance(module, StochasticDepth)]
+    top = largest_rate([op.weight for op in ops])
+    if rate > top:
+        raise FxsdError(
+            f"drop_rate must be at most {top:.6g} here, so that no site's rate exceeds 1 "
+            f"(the distribution's largest weight is {1 / top:.6g}), but got {drop_rate!r}."
+        )
+    for op in ops:
+        op.set_drop_rate(rate * op.weight)
+
+
+def _graph_modules(gm: nn.Module) -> list[StochasticGraphModule]:
+    found = [module for module in gm.modules() if isinstance(module, StochasticGraphModule)] if isinstance(gm, nn.Module) else []
+    if not found:
+        raise FxsdError(f"there is no transformed model in this {type(gm).__name__}; fxsd.transform(model) makes one.")
+    return found
+
+
+def _sites_of(gm: StochasticGraphModule) -> Iterator[ResidualSite]:
+    named = {node.name: node for node in gm.graph.nodes}
+    for node in gm.graph.nodes:
+        if node.op != "call_module":
+            continue
+        op = gm.get_submodule(str(node.target))
+        if not isinstance(op, StochasticDepth) or META not in node.meta:
+            continue
+        add, branch = next(iter(node.users)), node.all_input_nodes[0]
+        shortcut = next(side for side in operands(add) if side is not node)
+        yield ResidualSite(
+            op.site, op.module, op.depth, op.rate, op.kind, "mask", add, branch, shortcut, named[node.meta[META]["fork"]]
+        )

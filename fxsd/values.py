@@ -1,0 +1,198 @@
+"""What the nodes of a graph are to a residual add: activations or not, and which kind of op made them.
+
+Kinds are told by torch's own ops and layer base classes (`isinstance`), never by the name of a user's class.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules import activation, batchnorm, conv, dropout, padding, pixelshuffle, pooling, rnn
+
+from fxsd.ops import StochasticDepth
+
+
+class Kind(Enum):
+    """What a node does to the activation that enters it."""
+
+    INPUT = auto()  # a placeholder
+    CONSTANT = auto()  # a parameter, a buffer, or computed from these alone
+    SHAPE = auto()  # sizes, dtypes, flags and arithmetic on them: no tensor of the model
+    VIEW = auto()  # the same values: reshape, slice, permute, cast, identity
+    SCALE = auto()  # times, or plus, something that is no activation
+    DROP = auto()  # stochastic depth that the model already has
+    NORM = auto()
+    POOL = auto()
+    PAD = auto()
+    RESIZE = auto()  # interpolation, transposed convolution, pixel shuffle
+    LINEAR = auto()  # conv, linear, matmul with a parameter
+    ADD = auto()  # sum or difference of two activations
+    JOIN = auto()  # cat, stack
+    NONLINEAR = auto()  # elementwise, without parameters
+    MIX = auto()  # products of activations over positions or channels: attention, matmul
+    OPAQUE = auto()  # a call whose inside is not in the graph
+
+
+_VIEWS = {
+    "view", "reshape", "flatten", "unflatten", "ravel", "permute", "transpose", "t", "T", "mT", "H", "swapaxes", "swapdims", "movedim",
+    "moveaxis", "contiguous", "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "reshape_as", "to", "type", "type_as", "float",
+    "half", "bfloat16", "double", "clone", "detach", "getitem", "narrow", "select", "slice", "chunk", "split", "tensor_split", "unbind",
+    "roll", "flip", "alias", "identity", "pos", "dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d",
+    "dropout3d", "data", "real", "requires_grad", "split_with_sizes", "unsafe_chunk", "_to_copy", "tuple", "list",
+}  # fmt: skip
+_SHAPES = {
+    "size", "dim", "numel", "nelement", "ndim", "ndimension", "shape", "dtype", "device", "layout", "stride", "storage_offset",
+    "element_size", "get_device", "is_cuda", "is_cpu", "is_mps", "is_contiguous", "is_floating_point", "is_complex", "len", "sym_size",
+    "names", "itemsize", "nbytes", "is_meta",
+}  # fmt: skip
+_FACTORIES = {
+    "zeros", "ones", "full", "empty", "arange", "range", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm", "normal",
+    "tensor", "as_tensor", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like", "new_zeros",
+    "new_ones", "new_full", "new_empty", "new_tensor", "finfo", "iinfo", "meshgrid", "bernoulli", "tril_indices", "triu_indices",
+    "check_bound",
+}  # fmt: skip
+_NORMS = {
+    "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "normalize", "local_response_norm", "native_layer_norm",
+    "native_group_norm", "native_batch_norm",
+}  # fmt: skip
+_POOLS = {"max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool", "fractional_max_pool"}
+_PADS = {"pad", "constant_pad_nd", "reflection_pad", "replication_pad", "zero_pad"}
+_RESIZES = {
+    "interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "pixel_shuffle", "conv_transpose", "grid_sample", "max_unpool",
+    "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d",
+}  # fmt: skip
+_LINEARS = {"conv", "convolution", "linear", "conv1d", "conv2d", "conv3d", "bilinear"}
+_PRODUCTS = {
+    "matmul", "bmm", "mm", "mv", "einsum", "baddbmm", "addmm", "addbmm", "tensordot", "chain_matmul", "rmatmul", "scaled_dot_product_attention",
+    "multi_head_attention_forward", "unfold", "fold", "fft", "ifft", "fft2", "ifft2", "rfft", "irfft", "rfft2", "irfft2", "fftn", "ifftn",
+    "embedding", "outer", "cumsum", "gather", "index_select", "stft", "istft", "deform_conv2d",
+}  # fmt: skip
+_ADDS = {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract"}
+_MULTIPLIES = {"mul", "rmul", "imul", "multiply", "div", "truediv", "rtruediv", "itruediv", "divide", "true_divide", "neg", "negative"}
+_JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
+_TORCH = ("torch", "_operator", "builtins", "math", "operator")
+
+_MODULES: tuple[tuple[Any, Kind], ...] = (
+    (StochasticDepth, Kind.DROP),
+    ((nn.Identity, dropout._DropoutNd, nn.Flatten, nn.Unflatten), Kind.VIEW),
+    ((batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d), Kind.NORM),
+    (
+        (
+            pooling._MaxPoolNd, pooling._AvgPoolNd, pooling._AdaptiveMaxPoolNd, pooling._AdaptiveAvgPoolNd, pooling._LPPoolNd,
+            nn.FractionalMaxPool2d, nn.FractionalMaxPool3d,
+        ),
+        Kind.POOL,
+    ),
+    ((padding._ConstantPadNd, padding._ReflectionPadNd, padding._ReplicationPadNd, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d), Kind.PAD),
+    ((nn.Upsample, pixelshuffle.PixelShuffle, conv._ConvTransposeNd, nn.MaxUnpool2d), Kind.RESIZE),
+    ((conv._ConvNd, nn.Linear, nn.Bilinear), Kind.LINEAR),
+    ((nn.MultiheadAttention, rnn.RNNBase, rnn.RNNCellBase, nn.Fold, nn.Unfold, nn.Embedding, nn.EmbeddingBag), Kind.MIX),
+)  # fmt: skip
+
+
+def op_name(node: fx.Node) -> str:
+    """`add` for `operator.add`, `torch.add`, `Tensor.add_`, `__radd__` and `aten.add.Tensor`; attributes by their own name."""
+    target = node.target
+    if node.op == "call_function":
+        if target is getattr and len(node.args) > 1:
+            return str(node.args[1])
+        if isinstance(target, torch._ops.OpOverload):
+            name = target._opname
+        else:
+            name = getattr(target, "__name__", type(target).__name__)
+    else:
+        name = str(target)
+    return name[2:-2] if name.startswith("__") and name.endswith("__") else name.rstrip("_")
+
+
+def kinds(graph: fx.Graph, module: Callable[[str], nn.Module], drop_paths: frozenset[str] | set[str]) -> dict[fx.Node, Kind]:
+    """The kind of every node, in graph order."""
+    found: dict[fx.Node, Kind] = {}
+    for node in graph.nodes:
+        found[node] = _kind(node, found, module, drop_paths)
+    return found
+
+
+def is_activation(kind: Kind) -> bool:
+    return kind not in (Kind.CONSTANT, Kind.SHAPE)
+
+
+def activation_inputs(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node]:
+    return [arg for arg in node.all_input_nodes if is_activation(kinds[arg])]
+
+
+def _kind(node: fx.Node, known: dict[fx.Node, Kind], module: Callable[[str], nn.Module], drop_paths: Any) -> Kind:
+    if node.op == "placeholder":
+        return Kind.INPUT
+    if node.op == "get_attr":
+        return Kind.SHAPE if str(node.target).rpartition(".")[2] == "training" else Kind.CONSTANT
+    if node.op == "output":
+        return Kind.SHAPE
+    inputs = [known[arg] for arg in node.all_input_nodes]
+    alive = sum(is_activation(kind) for kind in inputs)
+    if node.op == "call_module":
+        if not alive:
+            return Kind.CONSTANT
+        return Kind.DROP if node.target in drop_paths else _module_kind(module(str(node.target)))
+    name = op_name(node)
+    if name in _SHAPES:
+        return Kind.SHAPE
+    if name in _FACTORIES:
+        return Kind.CONSTANT
+    if not alive:
+        return Kind.CONSTANT if Kind.CONSTANT in inputs else Kind.SHAPE
+    return _function_kind(node, name, alive)
+
+
+def _function_kind(node: fx.Node, name: str, alive: int) -> Kind:
+    if name in _VIEWS:
+        return Kind.VIEW
+    if name in _ADDS:
+        return Kind.ADD if alive > 1 or len(node.all_input_nodes) == 1 and _twice(node) else Kind.SCALE
+    if name in _MULTIPLIES:
+        divides_by_it = name in ("div", "truediv", "divide", "true_divide", "rtruediv", "itruediv") and not isinstance(node.args[0], fx.Node)
+        return Kind.NONLINEAR if alive > 1 or divides_by_it else Kind.SCALE
+    if name in _NORMS:
+        return Kind.NORM
+    stem = name.rstrip("123d")
+    if name in _PADS or stem in _PADS:
+        return Kind.PAD
+    if name in _POOLS or stem in _POOLS:
+        return Kind.POOL
+    if name in _RESIZES or stem in _RESIZES:
+        return Kind.RESIZE
+    if name in _LINEARS or stem in _LINEARS:
+        return Kind.LINEAR if alive == 1 else Kind.MIX
+    if name in _PRODUCTS:
+        return Kind.LINEAR if alive == 1 and name in ("matmul", "bmm", "mm", "einsum", "addmm", "tensordot") else Kind.MIX
+    if name in _JOINS:
+        return Kind.JOIN
+    if node.op == "call_function" and not _torch_function(node.target):
+        return Kind.OPAQUE
+    return Kind.NONLINEAR
+
+
+def _twice(node: fx.Node) -> bool:
+    """x + x: one input node in two places."""
+    return sum(isinstance(arg, fx.Node) for arg in (*node.args, *node.kwargs.values())) > 1
+
+
+def _torch_function(target: Any) -> bool:
+    home = getattr(target, "__module__", None) or type(target).__module__
+    return target is getattr or target in vars(operator).values() or home.split(".")[0] in _TORCH
+
+
+def _module_kind(module: nn.Module) -> Kind:
+    for classes, kind in _MODULES:
+        if isinstance(module, classes):
+            # A norm with its activation inside is more than a norm.
+            acts = kind is Kind.NORM and any(type(child).__module__ == activation.__name__ for child in module.children())
+            return Kind.NONLINEAR if acts else kind
+    if type(module).__module__ == activation.__name__:
+        return Kind.NONLINEAR
+    return Kind.OPAQUE
