@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -43,7 +43,7 @@ class StochasticGraphModule(fx.GraphModule):
             def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 return train(self, *args, **kwargs) if self.training else evaluate(self, *args, **kwargs)
 
-            cls.forward = forward  # type: ignore[method-assign]
+            cls.forward = forward
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StochasticGraphModule:
@@ -62,9 +62,7 @@ class StochasticGraphModule(fx.GraphModule):
         return {k: v for k, v in self.__dict__.items() if k not in _GENERATED}
 
 
-def build(
-    model: nn.Module, graph: fx.Graph, eval_graph: fx.Graph | None, constants: Mapping[str, torch.Tensor]
-) -> StochasticGraphModule:
+def build(model: nn.Module, graph: fx.Graph, eval_graph: fx.Graph | None, constants: Mapping[str, torch.Tensor]) -> StochasticGraphModule:
     """A GraphModule over `model`'s own tree: same keys, order, classes and plain attributes.
 
     Modules that the graph calls are shared with `model`; those between are shallow copies, so that what is added to
@@ -118,7 +116,7 @@ def _shallow_tree(module: nn.Module, shared: Set[nn.Module], memo: dict[nn.Modul
 
 
 def _empty() -> StochasticGraphModule:
-    return StochasticGraphModule.__new__(StochasticGraphModule)
+    return cast(StochasticGraphModule, StochasticGraphModule.__new__(StochasticGraphModule))
 
 
 def _fill(
@@ -156,16 +154,14 @@ class _TorchOp:
 
 def _dump(graph: fx.Graph) -> list[tuple[Any, ...]]:
     def refs(args: Any) -> Any:
-        return fx.node.map_arg(args, lambda node: _Ref(node.name))
+        return fx.node.map_arg(args, lambda node: cast(Any, _Ref(node.name)))
 
     def target(node: fx.Node) -> Any:
         is_op = isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
         return _TorchOp(str(node.target)) if is_op else node.target
 
     kept = ("nn_module_stack", META)
-    return [
-        (n.op, n.name, target(n), refs(n.args), refs(n.kwargs), {k: n.meta[k] for k in kept if k in n.meta}) for n in graph.nodes
-    ]
+    return [(n.op, n.name, target(n), refs(n.args), refs(n.kwargs), {k: n.meta[k] for k in kept if k in n.meta}) for n in graph.nodes]
 
 
 def _load(

@@ -72,12 +72,17 @@ class StochasticDepth(nn.Module):
     ) -> None:
         super().__init__()
         self.register_buffer("drop_rate", torch.tensor(drop_rate, dtype=torch.float32), persistent=False)
+        self._never_drops = drop_rate == 0.0
         self.stochastic_method = stochastic_method
         self.scaling = scaling
         self.site, self.module, self.depth, self.kind, self.weight = site, module, depth, kind, weight
 
     def forward(self, branch: Tensor) -> Tensor:
         if self.training:
+            if self._never_drops and not torch.compiler.is_compiling():
+                # No draw, so that eager training at rate 0 is the original under one seed. Compiled code must not see this
+                # flag: it would compile again when a warm-up leaves 0.
+                return branch
             shape = [1] * branch.dim()
             if self.stochastic_method == "sample" and shape:
                 shape[0] = branch.shape[0]
@@ -92,6 +97,7 @@ class StochasticDepth(nn.Module):
         """Sets the rate in place, so that compiled code sees it without recompiling."""
         with torch.no_grad():
             self.drop_rate.fill_(drop_rate)
+        self._never_drops = drop_rate == 0.0
 
     @property
     def rate(self) -> float:
@@ -100,7 +106,7 @@ class StochasticDepth(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> StochasticDepth:
         rate = self.drop_rate
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # `model.half()` casts every floating buffer; a rate in bf16 would be off by up to 0.4 %.
         self.drop_rate = rate.to(self.drop_rate.device) if not rate.is_meta else self.drop_rate.float()
         return self

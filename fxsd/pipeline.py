@@ -14,7 +14,6 @@ from fxsd import residual
 from fxsd.capture import Captured, capture
 from fxsd.depth import depths
 from fxsd.errors import FxsdError
-from fxsd.graphmodule import StochasticGraphModule
 from fxsd.ops import METHODS, SCALINGS
 from fxsd.rates import Distribution, check_distribution, check_rate, weights
 from fxsd.report import Analysis, stage
@@ -245,7 +244,9 @@ def _notes(captured: Captured, taken: Sequence[Residual], options: Options) -> t
     at_sites = {str(r.existing.target) for r in taken if r.existing}
     elsewhere = sorted(captured.drop_paths - at_sites)
     if elsewhere:
-        notes.append(f"stochastic depth with no residual add behind it, or at an add that was not taken, stays as it is: {_some(elsewhere)}")
+        notes.append(
+            f"stochastic depth with no residual add behind it, or at an add that was not taken, stays as it is: {_some(elsewhere)}"
+        )
     if options.existing == "keep" and at_sites:
         notes.append(f"sites that keep the stochastic depth they have: {_some(sorted(at_sites))}")
     return tuple(notes)
@@ -285,6 +286,3 @@ def _matches(path: str, names: Sequence[str], classes: dict[str, str] | None = N
 
 def _some(items: Sequence[str], most: int = 8) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
-
-
-__all__ = ["Analysis", "StochasticGraphModule", "analyze", "transform"]

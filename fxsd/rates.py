@@ -6,7 +6,6 @@ Every distribution is a *weight* in [0, 1] for each depth, times `drop_rate`. Ke
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -53,9 +52,7 @@ def check_distribution(distribution: object) -> None:
         )
 
 
-def weights(
-    drop_rate: float, names: Sequence[str], depths: Sequence[int], distribution: Distribution
-) -> tuple[float, list[float]]:
+def weights(drop_rate: float, names: Sequence[str], depths: Sequence[int], distribution: Distribution) -> tuple[float, list[float]]:
     """Spreads `drop_rate` over the sites.
 
     Args:
@@ -121,8 +118,3 @@ def _all_used(names: Sequence[str], distribution: Mapping[str, float]) -> Sequen
         if not any(fnmatchcase(name, glob) for name in names):
             raise FxsdError(f"drop_distribution has the glob {glob!r}, which matches no site. The sites are: {', '.join(names)}.")
     return names
-
-
-def close(a: float, b: float) -> bool:
-    """Equal to the precision of the float32 in which rates live."""
-    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)

@@ -1,9 +1,9 @@
 """(captured graph, sites, rates) -> the rewritten GraphModule. Decides nothing.
 
-    before                                    after, for every site
-        conv3 = self.layer1.0.conv3(relu)         conv3 = self.layer1.0.conv3(relu)
-        add = conv3 + x                           drop = self.layer1.0.stochastic_depth(conv3)
-                                                  add = drop + x
+before                                    after, for every site
+    conv3 = self.layer1.0.conv3(relu)         conv3 = self.layer1.0.conv3(relu)
+    add = conv3 + x                           drop = self.layer1.0.stochastic_depth(conv3)
+                                              add = drop + x
 """
 
 from __future__ import annotations

@@ -107,6 +107,4 @@ def _sites_of(gm: StochasticGraphModule) -> Iterator[ResidualSite]:
             continue
         add, branch = next(iter(node.users)), node.all_input_nodes[0]
         shortcut = next(side for side in operands(add) if side is not node)
-        yield ResidualSite(
-            op.site, op.module, op.depth, op.rate, op.kind, "mask", add, branch, shortcut, named[node.meta[META]["fork"]]
-        )
+        yield ResidualSite(op.site, op.module, op.depth, op.rate, op.kind, "mask", add, branch, shortcut, named[node.meta[META]["fork"]])

@@ -6,7 +6,7 @@ Kinds are told by torch's own ops and layer base classes (`isinstance`), never b
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from enum import Enum, auto
 from typing import Any
 
@@ -68,9 +68,9 @@ _RESIZES = {
 }  # fmt: skip
 _LINEARS = {"conv", "convolution", "linear", "conv1d", "conv2d", "conv3d", "bilinear"}
 _PRODUCTS = {
-    "matmul", "bmm", "mm", "mv", "einsum", "baddbmm", "addmm", "addbmm", "tensordot", "chain_matmul", "rmatmul", "scaled_dot_product_attention",
-    "multi_head_attention_forward", "unfold", "fold", "fft", "ifft", "fft2", "ifft2", "rfft", "irfft", "rfft2", "irfft2", "fftn", "ifftn",
-    "embedding", "outer", "cumsum", "gather", "index_select", "stft", "istft", "deform_conv2d",
+    "matmul", "bmm", "mm", "mv", "einsum", "baddbmm", "addmm", "addbmm", "tensordot", "chain_matmul", "rmatmul",
+    "scaled_dot_product_attention", "multi_head_attention_forward", "unfold", "fold", "fft", "ifft", "fft2", "ifft2", "rfft", "irfft",
+    "rfft2", "irfft2", "fftn", "ifftn", "embedding", "outer", "cumsum", "gather", "index_select", "stft", "istft", "deform_conv2d",
 }  # fmt: skip
 _ADDS = {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract"}
 _MULTIPLIES = {"mul", "rmul", "imul", "multiply", "div", "truediv", "rtruediv", "itruediv", "divide", "true_divide", "neg", "negative"}
@@ -88,7 +88,13 @@ _MODULES: tuple[tuple[Any, Kind], ...] = (
         ),
         Kind.POOL,
     ),
-    ((padding._ConstantPadNd, padding._ReflectionPadNd, padding._ReplicationPadNd, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d), Kind.PAD),
+    (
+        (
+            padding._ConstantPadNd, padding._ReflectionPadNd, padding._ReplicationPadNd, nn.CircularPad1d, nn.CircularPad2d,
+            nn.CircularPad3d,
+        ),
+        Kind.PAD,
+    ),
     ((nn.Upsample, pixelshuffle.PixelShuffle, conv._ConvTransposeNd, nn.MaxUnpool2d), Kind.RESIZE),
     ((conv._ConvNd, nn.Linear, nn.Bilinear), Kind.LINEAR),
     ((nn.MultiheadAttention, rnn.RNNBase, rnn.RNNCellBase, nn.Fold, nn.Unfold, nn.Embedding, nn.EmbeddingBag), Kind.MIX),
@@ -101,16 +107,14 @@ def op_name(node: fx.Node) -> str:
     if node.op == "call_function":
         if target is getattr and len(node.args) > 1:
             return str(node.args[1])
-        if isinstance(target, torch._ops.OpOverload):
-            name = target._opname
-        else:
-            name = getattr(target, "__name__", type(target).__name__)
+        packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+        name = getattr(packet, "__name__", type(packet).__name__)
     else:
         name = str(target)
     return name[2:-2] if name.startswith("__") and name.endswith("__") else name.rstrip("_")
 
 
-def kinds(graph: fx.Graph, module: Callable[[str], nn.Module], drop_paths: frozenset[str] | set[str]) -> dict[fx.Node, Kind]:
+def kinds(graph: fx.Graph, module: Callable[[str], nn.Module], drop_paths: Set[str]) -> dict[fx.Node, Kind]:
     """The kind of every node, in graph order."""
     found: dict[fx.Node, Kind] = {}
     for node in graph.nodes:
@@ -153,9 +157,11 @@ def _function_kind(node: fx.Node, name: str, alive: int) -> Kind:
     if name in _VIEWS:
         return Kind.VIEW
     if name in _ADDS:
-        return Kind.ADD if alive > 1 or len(node.all_input_nodes) == 1 and _twice(node) else Kind.SCALE
+        return Kind.ADD if alive > 1 or (len(node.all_input_nodes) == 1 and _twice(node)) else Kind.SCALE
     if name in _MULTIPLIES:
-        divides_by_it = name in ("div", "truediv", "divide", "true_divide", "rtruediv", "itruediv") and not isinstance(node.args[0], fx.Node)
+        divides_by_it = name in ("div", "truediv", "divide", "true_divide", "rtruediv", "itruediv") and not isinstance(
+            node.args[0], fx.Node
+        )
         return Kind.NONLINEAR if alive > 1 or divides_by_it else Kind.SCALE
     if name in _NORMS:
         return Kind.NORM

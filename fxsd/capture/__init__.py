@@ -14,11 +14,11 @@ import torch
 from torch import fx, nn
 
 from fxsd.capture.droppath import drop_paths
-from fxsd.graphmodule import copy_graph
 from fxsd.capture.hidden import hidden_residual_adds
 from fxsd.capture.snapshot import unchanged
 from fxsd.capture.tracer import Tracer
 from fxsd.errors import FxsdError
+from fxsd.graphmodule import copy_graph
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ _TRIES = 8  # draws for a module that decides once for the whole batch
 def drop_paths(model: nn.Module) -> frozenset[nn.Module]:
     """The modules of `model` that are stochastic depth: fxsd's own, and any other that behaves like it."""
     seen: dict[Any, bool] = {}
-    found = []
+    found: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, StochasticDepth):
             found.append(module)

@@ -78,7 +78,9 @@ class _Reader:
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 for name in ast.walk(target):
                     if isinstance(name, ast.Name):
-                        self.assign(name.id, value if isinstance(target, ast.Name) or value is None else _Value(frozenset(), value.past), maybe)
+                        self.assign(
+                            name.id, value if isinstance(target, ast.Name) or value is None else _Value(frozenset(), value.past), maybe
+                        )
         elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
             left, right = self.names.get(node.target.id), self.value(node.value)
             self.assign(node.target.id, self.add(left, right) if isinstance(node.op, ast.Add) else _computed(left, right), maybe)
@@ -91,7 +93,11 @@ class _Reader:
             self.value(node.value)
 
     def add(self, left: _Value | None, right: _Value | None) -> _Value | None:
-        if left and right and ((left.same & right.past and not left.same & right.same) or (right.same & left.past and not left.same & right.same)):
+        if (
+            left
+            and right
+            and ((left.same & right.past and not left.same & right.same) or (right.same & left.past and not left.same & right.same))
+        ):
             self.adds += 1
         return _computed(left, right)
 

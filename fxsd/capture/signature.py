@@ -55,9 +55,7 @@ def bind(forward: Callable[..., Any], example_inputs: Any) -> tuple[list[inspect
             continue
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             if example_inputs is None:
-                raise FxsdError(
-                    f"the model's forward takes *{parameter.name}; pass example_inputs, so that their number is known."
-                )
+                raise FxsdError(f"the model's forward takes *{parameter.name}; pass example_inputs, so that their number is known.")
             for index in range(len(given.get(parameter.name, ()))):
                 parameters.append(inspect.Parameter(f"{parameter.name}_{index}", inspect.Parameter.POSITIONAL_ONLY))
             continue

@@ -169,9 +169,7 @@ class Tracer(fx.Tracer):
             self.opaque[path] = why
             return super().call_module(m, forward, args, kwargs)
 
-    def _call_unregistered(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _call_unregistered(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module made inside a forward, `nn.Softmax(-1)(x)`: its ops are its caller's."""
         if next(m.parameters(), None) is not None or next(m.buffers(), None) is not None:
             raise Untraceable(f"it calls a {type(m).__name__} that is not one of its submodules")
@@ -241,7 +239,11 @@ class Tracer(fx.Tracer):
 
 def _last_user_frame(error: Exception) -> traceback.FrameSummary | None:
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/fx/" not in f.filename and "/fxsd/capture/" not in f.filename and "/torch/nn/modules/module.py" not in f.filename]
+    own = [
+        f
+        for f in frames
+        if "/torch/fx/" not in f.filename and "/fxsd/capture/" not in f.filename and "/torch/nn/modules/module.py" not in f.filename
+    ]
     return own[-1] if own else None
 
 
