@@ -79,8 +79,8 @@ class StochasticDepth(nn.Module):
 
     def forward(self, branch: Tensor) -> Tensor:
         if self.training:
-            if self._never_drops and not torch.compiler.is_compiling():
-                # No draw, so that eager training at rate 0 is the original under one seed. Compiled code must not see this
+            if not torch.compiler.is_compiling() and self._never_drops:
+                # No draw, so that eager training at rate 0 is the original under one seed. Compiled code must not read the
                 # flag: it would compile again when a warm-up leaves 0.
                 return branch
             shape = [1] * branch.dim()
