@@ -74,9 +74,9 @@ def transform(
         Huang et al., "Deep Networks with Stochastic Depth", 2016, https://arxiv.org/abs/1603.09382
 
     Example:
-        >>> import torch, torchvision
-        >>> gm = transform(torchvision.models.resnet18(), drop_rate=0.2)
-        >>> len(sites(gm))
+        >>> import fxsd, torch, torchvision
+        >>> gm = fxsd.transform(torchvision.models.resnet18(), drop_rate=0.2)
+        >>> len(fxsd.sites(gm))
         8
         >>> gm.eval()(torch.zeros(1, 3, 64, 64)).shape
         torch.Size([1, 1000])
@@ -106,8 +106,8 @@ def analyze(model: nn.Module, drop_rate: float = 0.1, **options: Any) -> Analysi
         FxsdError: as `fxsd.transform`, but for models without sites.
 
     Example:
-        >>> import torchvision
-        >>> found = analyze(torchvision.models.vit_b_16(), drop_rate=0.1)
+        >>> import fxsd, torchvision
+        >>> found = fxsd.analyze(torchvision.models.vit_b_16(), drop_rate=0.1)
         >>> len(found.sites), found.rejected[0].reason
         (24, 'encoder_pos_embedding is a parameter or a constant, not the output of a branch')
     """

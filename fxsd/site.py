@@ -51,9 +51,9 @@ def sites(gm: nn.Module) -> tuple[ResidualSite, ...]:
         FxsdError: there is no transformed model in `gm`.
 
     Example:
-        >>> import torchvision
-        >>> gm = transform(torchvision.models.resnet18(), drop_rate=0.7)
-        >>> [(site.name, round(site.drop_rate, 2)) for site in sites(gm)][:3]
+        >>> import fxsd, torchvision
+        >>> gm = fxsd.transform(torchvision.models.resnet18(), drop_rate=0.7)
+        >>> [(site.name, round(site.drop_rate, 2)) for site in fxsd.sites(gm)][:3]
         [('layer1.0', 0.0), ('layer1.1', 0.1), ('layer2.0', 0.2)]
     """
     return tuple(site for part in _graph_modules(gm) for site in _sites_of(part))
@@ -72,10 +72,10 @@ def set_drop_rate(gm: nn.Module, drop_rate: float) -> None:
         FxsdError: the rate is out of range, or there is no transformed model in `gm`.
 
     Example:
-        >>> import torchvision
-        >>> gm = transform(torchvision.models.resnet18(), drop_rate=0.7)
-        >>> set_drop_rate(gm, 0.0)
-        >>> {site.drop_rate for site in sites(gm)}
+        >>> import fxsd, torchvision
+        >>> gm = fxsd.transform(torchvision.models.resnet18(), drop_rate=0.7)
+        >>> fxsd.set_drop_rate(gm, 0.0)
+        >>> {site.drop_rate for site in fxsd.sites(gm)}
         {0.0}
     """
     rate = check_rate("drop_rate", drop_rate)

@@ -1,0 +1,883 @@
+"""Small hand-written models with what fxsd should find in them.
+
+Every model that holds sites has, beside its `forward`, a method `dropped(drop, *inputs)`: the same forward as a person would
+write it with stochastic depth, where `drop(branch)` stands on the branch of every site and is called in the order of the adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Drop = Callable[[Tensor], Tensor]
+WIDTH = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and what should be found in it.
+
+    Attributes:
+        factory: makes the model.
+        inputs: makes inputs for a batch of the given size.
+        sites: (module, kind) of every site, in graph order.
+        rejected: for every rejected add, in graph order, a part of the reason.
+        known_failure: why fxsd finds something else today, or ''.
+    """
+
+    factory: Callable[[], nn.Module]
+    inputs: Callable[[int], tuple[Tensor, ...]]
+    sites: tuple[tuple[str, str], ...] = ()
+    rejected: tuple[str, ...] = ()
+    known_failure: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.factory.__name__
+
+
+def rows(batch: int) -> tuple[Tensor, ...]:
+    return (torch.randn(batch, WIDTH),)
+
+
+def tokens(batch: int) -> tuple[Tensor, ...]:
+    return (torch.randn(batch, 5, WIDTH),)
+
+
+def images(batch: int) -> tuple[Tensor, ...]:
+    return (torch.randn(batch, WIDTH, 8, 8),)
+
+
+def mlp(width: int = WIDTH) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+
+def convs(stride: int = 1, width: int = WIDTH) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(WIDTH, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width)
+    )
+
+
+class WithBranch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+
+
+class WithTwoBranches(WithBranch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.g = mlp()
+
+
+# --- one add, written in every way --------------------------------------------------------------------------------------------
+
+
+class BranchRight(WithBranch):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return x + drop(self.f(x))
+
+
+class BranchLeft(WithBranch):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) + x
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return drop(self.f(x)) + x
+
+
+class AugmentedBranch(WithBranch):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        y += x
+        return y
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return drop(self.f(x)) + x
+
+
+class AugmentedShortcut(WithBranch):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.tanh()
+        y += self.f(x.tanh())
+        y = y * 1
+        z = y
+        z = z + self.f(z)
+        return z.relu()
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        y = x.tanh() + self.f(x.tanh())  # two nodes give tanh: no shortcut as far as a graph can tell
+        return (y + drop(self.f(y))).relu()
+
+
+class AlphaOnBranch(WithBranch):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.f(x), alpha=2)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return x + 2 * drop(self.f(x))
+
+
+class AlphaOnShortcut(WithBranch):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(self.f(x), x, alpha=2)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return drop(self.f(x)) + 2 * x
+
+
+class AddByKeyword(WithBranch):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.add(input=x, other=self.f(x))
+        return y.add(other=self.f(y), alpha=0.5)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        y = x + drop(self.f(x))
+        return y + 0.5 * drop(self.f(y))
+
+
+class PythonSum(WithBranch):
+    def forward(self, x: Tensor) -> Tensor:
+        return sum([x, self.f(x)])
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return x + drop(self.f(x))
+
+
+class AddIntoBranch(WithBranch):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x).add_(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return drop(self.f(x)) + x
+
+
+class AddIntoShortcut(WithBranch):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.tanh().mul(2)
+        return x.add_(self.f(x.clone()))
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        x = x.tanh().mul(2)
+        return x + drop(self.f(x))
+
+
+class AddIntoShortcutReadLater(WithBranch):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.tanh().mul(2)
+        y = x.add_(self.f(x.clone()))
+        return y, x.sin()
+
+    def dropped(self, drop: Drop, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.tanh().mul(2)
+        y = x + drop(self.f(x))
+        return y, y.sin()
+
+
+class AddIntoBranchReadLater(WithBranch):
+    """The branch's tensor is the sum by the time it is read again."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r = self.f(x)
+        y = r.add_(x)
+        return y, r.sin()
+
+
+class AddIntoBranchReadThroughItsBase(WithBranch):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r = self.f(x)
+        y = r.view(-1, 2, 2).add_(x.view(-1, 2, 2))
+        return y, r.sin()
+
+
+class AddIntoBranchReadThroughAView(WithBranch):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r = self.f(x)
+        view = r.view(-1, 2, 2)
+        y = r.add_(x)
+        return y, view.sin()
+
+
+class AugmentedBranchReadLater(WithBranch):
+    """`+=` writes in place, so `r` is the sum as well."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r = self.f(x)
+        y = r
+        y += x
+        return y, r.sin()
+
+
+# --- shortcuts ------------------------------------------------------------------------------------------------------------------
+
+
+class Projected(nn.Module):
+    def __init__(self, shortcut: nn.Module, branch: nn.Module | None = None) -> None:
+        super().__init__()
+        self.branch, self.shortcut = branch or convs(2, 6), shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.branch(x) + self.shortcut(x)).relu()
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        branch = self.branch(x)
+        shortcut = self.shortcut(x)
+        return (drop(branch) + shortcut).relu()
+
+
+def ConvBnShortcut() -> Projected:
+    return Projected(nn.Sequential(nn.Conv2d(WIDTH, 6, 1, 2), nn.BatchNorm2d(6)))
+
+
+def PooledConvShortcut() -> Projected:
+    return Projected(nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(WIDTH, 6, 1), nn.BatchNorm2d(6)))
+
+
+def ActivatedShortcut() -> Projected:
+    return Projected(nn.Sequential(nn.Conv2d(WIDTH, 6, 1, 2), nn.BatchNorm2d(6), nn.ReLU()))
+
+
+def PooledShortcut() -> Projected:
+    return Projected(nn.MaxPool2d(2), convs(2))
+
+
+class PaddedShortcut(nn.Module):
+    """Option A of He et al.: every second pixel, and zeros for the new channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = convs(2, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1)) + self.f(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1)) + drop(self.f(x))
+
+
+class PreActivation(nn.Module):
+    """The projection starts from the activated input (He et al., Identity Mappings, 2016)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.f, self.down = nn.BatchNorm2d(WIDTH), convs(2, 6), nn.Conv2d(WIDTH, 6, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x).relu()
+        return self.down(x) + self.f(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        x = self.norm(x).relu()
+        return self.down(x) + drop(self.f(x))
+
+
+class ScaledAndSlicedShortcut(WithBranch):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x[:, 1:] + self.f(x)[:, 1:]
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return 0.5 * x[:, 1:] + drop(self.f(x)[:, 1:])
+
+
+# --- branches ---------------------------------------------------------------------------------------------------------------
+
+
+class Broadcast(nn.Module):
+    """A global context, [batch, channels, 1, 1], is added to every position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(WIDTH, 2, 1), nn.ReLU(), nn.Conv2d(2, WIDTH, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return x + drop(self.f(x))
+
+
+class LayerScale(WithTwoBranches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma1, self.gamma2 = nn.Parameter(torch.rand(WIDTH)), nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.gamma1 * self.f(x)
+        return self.g(x).mul(self.gamma2) + x
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        x = x + drop(self.gamma1 * self.f(x))
+        return drop(self.g(x) * self.gamma2) + x
+
+
+class TokenMixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.f = nn.LayerNorm(WIDTH), mlp(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(self.norm(x).transpose(1, 2)).transpose(1, 2)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return x + drop(self.f(self.norm(x).transpose(1, 2)).transpose(1, 2))
+
+
+class BranchUsedElsewhere(WithTwoBranches):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r = self.f(x)
+        y = x + r
+        return y, self.g(r)
+
+    def dropped(self, drop: Drop, x: Tensor) -> tuple[Tensor, Tensor]:
+        r = self.f(x)
+        return x + drop(r), self.g(r)
+
+
+class FunctionalDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH)
+
+    def f(self, x: Tensor) -> Tensor:
+        return self.fc2(F.dropout(self.fc1(x).relu(), 0.3, training=self.training))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return x + drop(self.f(x))
+
+
+class Sized(nn.Module):
+    """Decides on a size, which no symbolic trace can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] % 2:
+            return self.fc(x)
+        return self.fc(-x)
+
+
+class OpaqueBranch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.act = Sized(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.act(self.f(x))
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return x + drop(self.act(self.f(x)))
+
+
+# --- what is no site ----------------------------------------------------------------------------------------------------------
+
+
+class PositionEmbedding(WithBranch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(WIDTH, WIDTH)
+        self.position = nn.Parameter(torch.randn(1, 5, WIDTH))
+        self.register_buffer("fixed", torch.randn(5, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.position
+        x = x + self.fixed[: x.shape[1]].relu()
+        return x + self.f(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.position + self.fixed.relu()
+        return x + drop(self.f(x))
+
+
+class BiasAdd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight + self.bias).relu() + 1
+
+
+class Gate(WithBranch):
+    """Squeeze and excitation: products, and a sum with a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (F.relu6(self.f(x) + 3) / 6)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x).softmax(-1)
+
+
+class Doubled(WithBranch):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x
+
+
+class BareLinear(nn.Module):
+    """A conditional position encoding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Conv2d(WIDTH, WIDTH, 3, 1, 1, groups=WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class Reparametrised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), nn.BatchNorm2d(WIDTH), nn.Conv2d(WIDTH, WIDTH, 1))
+        self.b = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1), nn.BatchNorm2d(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.a(x) + self.b(x)).relu()
+
+
+class NoWork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(x).tanh()
+
+
+class TwoStreams(WithBranch):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.f(x) + y
+
+
+def two_rows(batch: int) -> tuple[Tensor, ...]:
+    return (*rows(batch), *rows(batch))
+
+
+class MaskedAttention(nn.Module):
+    """The mask is another input, so that the sum of scores and mask has no shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def attend(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        scores = q @ k.transpose(-2, -1) + mask
+        return self.out(scores.softmax(-1) @ v)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x + self.attend(x, mask)
+
+    def dropped(self, drop: Drop, x: Tensor, mask: Tensor) -> Tensor:
+        return x + drop(self.attend(x, mask))
+
+
+def masked_tokens(batch: int) -> tuple[Tensor, ...]:
+    mask = torch.zeros(batch, 5, 5)
+    mask[:, :, 3:] = -torch.inf
+    return (*tokens(batch), mask)
+
+
+class PaddingMask(MaskedAttention):
+    """The mask is computed from the token numbers, as the tokens are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = (ids == 0).unsqueeze(1) * -1e4
+        x = self.embedding(ids)
+        return x + self.attend(x, mask)
+
+    def dropped(self, drop: Drop, ids: Tensor) -> Tensor:
+        mask = (ids == 0).unsqueeze(1) * -1e4
+        x = self.embedding(ids)
+        return x + drop(self.attend(x, mask))
+
+
+def token_numbers(batch: int) -> tuple[Tensor, ...]:
+    return (torch.randint(0, 7, (batch, 5)),)
+
+
+class PlainUNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.inner, self.leave = convs(), convs(), convs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        down = self.inner(F.max_pool2d(x, 2))
+        return self.leave(x + F.interpolate(down, scale_factor=2))
+
+
+class LateralUNet(PlainUNet):
+    """The merge of LinkNet and FPN: a projection on one side, a round trip in resolution on the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lateral = nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        down = self.inner(F.max_pool2d(x, 2))
+        return self.leave(self.lateral(x) + F.interpolate(down, scale_factor=2))
+
+
+class Subtraction(WithBranch):
+    """DnCNN predicts the noise; `shortcut - branch` is no residual add."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.f(x)
+
+
+# --- several adds -----------------------------------------------------------------------------------------------------------
+
+
+class ParallelSum(WithTwoBranches):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x) + self.g(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        f = self.f(x)
+        x1 = x + drop(f)
+        return x1 + drop(self.g(x))
+
+
+class ParallelSumShortcutLast(WithTwoBranches):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) + self.g(x) + x
+
+
+class ParallelProjections(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.down = convs(2, 6), convs(2, 6), nn.Conv2d(WIDTH, 6, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(x) + self.f(x) + self.g(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        x1 = self.down(x) + drop(self.f(x))
+        return x1 + drop(self.g(x))
+
+
+class Outer(nn.Module):
+    """A residual block whose branch holds another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.inner, self.leave = nn.Linear(WIDTH, WIDTH), BranchRight(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.leave(self.inner(self.enter(x)))
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return x + drop(self.leave(self.inner(self.enter(x))))
+
+
+class OuterInOneForward(WithTwoBranches):
+    """Both adds are executed by one call: the authors see them as equals."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = x.tanh()
+        inner = inner + self.f(inner)
+        return x + self.g(inner)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        inner = x.tanh()
+        inner = inner + drop(self.f(inner))
+        return x + drop(self.g(inner))
+
+
+class LongSkip(nn.Module):
+    """EDSR: blocks, and a skip over all of them."""
+
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, WIDTH)
+        self.body = nn.Sequential(*[BranchRight() for _ in range(blocks)], nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(x)
+        return x + self.body(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        x = y = self.head(x)
+        *blocks, tail = self.body
+        for block in blocks:
+            y = block.dropped(drop, y)
+        return x + tail(y)
+
+
+class NestedLongSkips(nn.Module):
+    """RCAN: groups of blocks, each with its skip, and a skip over all groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups = nn.Sequential(LongSkip(2), LongSkip(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.groups(x) + x
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        y = x
+        for group in self.groups:
+            y = group.dropped(drop, y)
+        return y + x
+
+
+class Stack(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block.dropped(drop, x)
+        return x
+
+
+def ThreeBlocks() -> Stack:
+    return Stack(BranchRight(), BranchLeft(), BranchRight())
+
+
+class CalledTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = BranchRight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.block(x))
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return self.block.dropped(drop, self.block.dropped(drop, x))
+
+
+# --- transformers ---------------------------------------------------------------------------------------------------------------
+
+
+class PreNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attention, self.mlp = nn.MultiheadAttention(WIDTH, 2, dropout=0.2, batch_first=True), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        y, _ = self.attention(y, y, y, need_weights=False)
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        y, _ = self.attention(y, y, y, need_weights=False)
+        x = x + drop(y)
+        return x + drop(self.mlp(self.norm2(x)))
+
+
+class PostNorm(PreNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.attention(x, x, x, need_weights=False)[0])
+        return self.norm2(x + self.mlp(x))
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        x = self.norm1(x + drop(self.attention(x, x, x, need_weights=False)[0]))
+        return self.norm2(x + drop(self.mlp(x)))
+
+
+class Sdpa(nn.Module):
+    """Attention whose Python decides on the mode; holds no add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.out(F.scaled_dot_product_attention(q, k, v, dropout_p=0.2 if self.training else 0.0))
+
+
+class SdpaBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Sdpa()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return x + drop(self.attention(x))
+
+
+class SdpaInBlock(Sdpa):
+    """The module that decides on the mode executes the add, too: two programs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return x + drop(super().forward(x))
+
+
+class ClassToken(WithTwoBranches):
+    """CaiT: a learned token reads from the patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.patches = nn.Parameter(torch.randn(1, 1, WIDTH)), BranchRight()
+        self.attention = nn.MultiheadAttention(WIDTH, 1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x)
+        token = self.token.expand(x.shape[0], -1, -1)
+        both = torch.cat([token, x], dim=1)
+        token = token + self.attention(token, both, both, need_weights=False)[0]
+        token = token + self.f(token)
+        return torch.cat([token, x], dim=1)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        x = self.patches.dropped(drop, x)
+        token = self.token.expand(x.shape[0], -1, -1)
+        both = torch.cat([token, x], dim=1)
+        token = token + drop(self.attention(token, both, both, need_weights=False)[0])
+        token = token + drop(self.f(token))
+        return torch.cat([token, x], dim=1)
+
+
+# --- calls and modes ------------------------------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+
+    def forward(self, x: Tensor, *, scale: float = 1.0, mask: Tensor | None = None) -> Tensor:
+        y = self.f(x) * scale
+        return y if mask is None else y * mask
+
+
+class KeywordCalls(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Scaled()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.f(x=x, scale=2.0)
+        return x + self.f(x, mask=mask)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        x = x + drop(self.f(x=x, scale=2.0))
+        return x + drop(self.f(x))
+
+
+class AuxiliaryHead(nn.Module):
+    """Another type of output in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.f, self.auxiliary = BranchRight(), mlp(), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.block(x)
+        auxiliary = self.auxiliary(x) if self.training else None
+        x = x + self.f(x)
+        return x if auxiliary is None else (x, auxiliary)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.block.dropped(drop, x)
+        auxiliary = self.auxiliary(x)
+        x = x + drop(self.f(x))
+        return (x, auxiliary) if self.training else x
+
+
+IDENTITY, PROJECTION = ("", "identity"), ("", "projection")
+CONSTANT, NO_SHORTCUT, LONG_SKIP = "is a parameter or a constant", "neither side is a shortcut", "it is a long skip over residual blocks"
+
+CASES = (
+    Case(BranchRight, rows, (IDENTITY,)),
+    Case(BranchLeft, rows, (IDENTITY,)),
+    Case(AugmentedBranch, rows, (IDENTITY,)),
+    Case(AugmentedShortcut, rows, (IDENTITY,), (NO_SHORTCUT,)),
+    Case(AlphaOnBranch, rows, (IDENTITY,)),
+    Case(AlphaOnShortcut, rows, (IDENTITY,)),
+    Case(AddByKeyword, rows, (IDENTITY, IDENTITY)),
+    Case(PythonSum, rows, (IDENTITY,)),
+    Case(AddIntoBranch, rows, (IDENTITY,)),
+    Case(AddIntoShortcut, rows, (IDENTITY,)),
+    Case(AddIntoShortcutReadLater, rows, (IDENTITY,)),
+    Case(AddIntoBranchReadLater, rows, (), ("in place",)),
+    Case(AddIntoBranchReadThroughItsBase, rows, (), ("in place",)),
+    Case(AddIntoBranchReadThroughAView, rows, (), ("in place",)),
+    Case(AugmentedBranchReadLater, rows, (), ("in place",)),
+    Case(ConvBnShortcut, images, (PROJECTION,)),
+    Case(PooledConvShortcut, images, (PROJECTION,)),
+    Case(ActivatedShortcut, images, (PROJECTION,)),
+    Case(PooledShortcut, images, (PROJECTION,)),
+    Case(PaddedShortcut, images, (PROJECTION,)),
+    Case(PreActivation, images, (PROJECTION,)),
+    Case(ScaledAndSlicedShortcut, rows, (IDENTITY,)),
+    Case(Broadcast, images, (IDENTITY,)),
+    Case(LayerScale, rows, (IDENTITY, IDENTITY)),
+    Case(TokenMixing, tokens, (IDENTITY,)),
+    Case(BranchUsedElsewhere, rows, (IDENTITY,)),
+    Case(FunctionalDropout, rows, (IDENTITY,)),
+    Case(OpaqueBranch, rows, (IDENTITY,)),
+    Case(PositionEmbedding, tokens, (IDENTITY,), (CONSTANT, CONSTANT)),
+    Case(BiasAdd, rows, (), (CONSTANT,)),
+    Case(Gate, rows),
+    Case(Plain, rows),
+    Case(Doubled, rows, (), (NO_SHORTCUT,)),
+    Case(BareLinear, images, (), ("its branch is a single linear op",)),
+    Case(Reparametrised, images, (), ("both sides are linear",)),
+    Case(NoWork, rows, (), ("there is nothing to drop",)),
+    Case(TwoStreams, two_rows, (), (NO_SHORTCUT,)),
+    Case(MaskedAttention, masked_tokens, (IDENTITY,), (NO_SHORTCUT,)),
+    Case(PaddingMask, token_numbers, (IDENTITY,), ("",)),
+    Case(PlainUNet, images, (), ("as a U-Net does",)),
+    Case(LateralUNet, images, (), ("as a U-Net does",)),
+    Case(Subtraction, rows),
+    Case(ParallelSum, rows, (IDENTITY, IDENTITY)),
+    Case(ParallelSumShortcutLast, rows, (IDENTITY, IDENTITY)),
+    Case(ParallelProjections, images, (PROJECTION, PROJECTION)),
+    Case(Outer, rows, (IDENTITY,), ("it lies inside the branch of the residual add",)),
+    Case(OuterInOneForward, rows, (IDENTITY, IDENTITY)),
+    Case(LongSkip, rows, tuple((f"body.{i}", "identity") for i in range(3)), (LONG_SKIP,)),
+    Case(
+        NestedLongSkips,
+        rows,
+        tuple((f"groups.{i}.body.{j}", "identity") for i in range(2) for j in range(2)),
+        (LONG_SKIP, LONG_SKIP, LONG_SKIP),
+    ),
+    Case(ThreeBlocks, rows, tuple((f"blocks.{i}", "identity") for i in range(3))),
+    Case(CalledTwice, rows, (("block", "identity"), ("block", "identity"))),
+    Case(PreNorm, tokens, (IDENTITY, IDENTITY)),
+    Case(PostNorm, tokens, (IDENTITY, IDENTITY)),
+    Case(SdpaBlock, tokens, (IDENTITY,)),
+    Case(SdpaInBlock, tokens, (IDENTITY,)),
+    Case(ClassToken, tokens, (("patches", "identity"), IDENTITY, IDENTITY)),
+    Case(KeywordCalls, rows, (IDENTITY, IDENTITY)),
+    Case(AuxiliaryHead, rows, (("block", "identity"), IDENTITY)),
+)
