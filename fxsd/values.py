@@ -48,13 +48,13 @@ _VIEWS = {
 _SHAPES = {
     "size", "dim", "numel", "nelement", "ndim", "ndimension", "shape", "dtype", "device", "layout", "stride", "storage_offset",
     "element_size", "get_device", "is_cuda", "is_cpu", "is_mps", "is_contiguous", "is_floating_point", "is_complex", "len", "sym_size",
-    "names", "itemsize", "nbytes", "is_meta",
+    "names", "itemsize", "nbytes", "is_meta", "contains",
 }  # fmt: skip
 _FACTORIES = {
     "zeros", "ones", "full", "empty", "arange", "range", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm", "normal",
     "tensor", "as_tensor", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like", "new_zeros",
     "new_ones", "new_full", "new_empty", "new_tensor", "finfo", "iinfo", "meshgrid", "bernoulli", "tril_indices", "triu_indices",
-    "check_bound",
+    "check_bound", "check_decision",
 }  # fmt: skip
 _NORMS = {
     "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "normalize", "local_response_norm", "native_layer_norm",
@@ -74,7 +74,7 @@ _PRODUCTS = {
 }  # fmt: skip
 _ADDS = {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract"}
 _MULTIPLIES = {"mul", "rmul", "imul", "multiply", "div", "truediv", "rtruediv", "itruediv", "divide", "true_divide", "neg", "negative"}
-_JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
+_JOINS = {"assign_item", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
 _TORCH = ("torch", "_operator", "builtins", "math", "operator")
 
 _MODULES: tuple[tuple[Any, Kind], ...] = (

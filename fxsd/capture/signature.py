@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,28 +12,24 @@ from torch import nn
 
 from fxsd.errors import FxsdError
 
-ExampleInputs = "tuple[Any, ...] | Mapping[str, Any] | None"
 
+@dataclass(frozen=True)
+class Binding:
+    """The root's parameters in order, `*args` spelt out as far as the example goes and `**kwargs` by name.
 
-def check_bound(value: Any, expected: Any, name: str) -> None:
-    """Stands in the captured graph for an argument whose value shaped the graph.
-
-    Raises:
-        FxsdError: the argument has another value than the one the model was captured with.
+    Attributes:
+        parameters: what becomes a placeholder each.
+        fixed: values of those that are not live: defaults that the example call does not supply, and example values without a tensor.
+        example: values of the others in the example call, if there is one.
     """
-    if value is not expected and (isinstance(value, torch.Tensor) or value != expected):
-        raise FxsdError(
-            f"the model was captured with {name}={expected!r}, and takes no other value; "
-            f"pass example_inputs with {name} to fxsd.transform to capture that call."
-        )
+
+    parameters: list[inspect.Parameter]
+    fixed: dict[str, Any]
+    example: dict[str, Any]
 
 
-def bind(forward: Callable[..., Any], example_inputs: Any) -> tuple[list[inspect.Parameter], dict[str, Any]]:
-    """Reads the signature of the root.
-
-    Returns:
-        `(parameters, bound)`: the parameters in order, `*args` spelt out as far as the example goes and `**kwargs` left out;
-        and the values of those that are fixed: defaults that the example call does not supply, and example values that hold no tensor.
+def bind(forward: Callable[..., Any], example_inputs: Any) -> Binding:
+    """Reads the signature of the root against the example call.
 
     Raises:
         FxsdError: the example inputs do not fit the signature.
@@ -45,27 +42,25 @@ def bind(forward: Callable[..., Any], example_inputs: Any) -> tuple[list[inspect
             given = dict(signature.bind(*args, **kwargs).arguments)
         except TypeError as error:
             raise FxsdError(f"example_inputs do not fit the model's forward{signature}: {error}.") from error
-    parameters, bound = [], {}
+    parameters: list[inspect.Parameter] = []
+    fixed: dict[str, Any] = {}
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            for name, value in given.get(parameter.name, {}).items():
-                parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY))
-                if not holds_tensor(value):
-                    bound[name] = value
-            continue
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            extra = given.pop(parameter.name, {})
+            given |= extra
+            parameters.extend(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra)
+        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             if example_inputs is None:
                 raise FxsdError(f"the model's forward takes *{parameter.name}; pass example_inputs, so that their number is known.")
-            for index in range(len(given.get(parameter.name, ()))):
-                parameters.append(inspect.Parameter(f"{parameter.name}_{index}", inspect.Parameter.POSITIONAL_ONLY))
-            continue
-        parameters.append(parameter)
-        if parameter.name in given:
-            if not holds_tensor(given[parameter.name]):
-                bound[parameter.name] = given[parameter.name]
-        elif parameter.default is not inspect.Parameter.empty:
-            bound[parameter.name] = parameter.default
-    return parameters, bound
+            extra = {f"{parameter.name}_{i}": value for i, value in enumerate(given.pop(parameter.name, ()))}
+            given |= extra
+            parameters.extend(inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in extra)
+        else:
+            parameters.append(parameter)
+            if parameter.name not in given and parameter.default is not inspect.Parameter.empty:
+                fixed[parameter.name] = parameter.default
+    fixed |= {name: value for name, value in given.items() if not holds_tensor(value)}
+    return Binding(parameters, fixed, {name: value for name, value in given.items() if name not in fixed})
 
 
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -13,8 +13,11 @@ from torch import fx, nn
 from torch.fx.proxy import ParameterProxy
 from torch.nn.utils import parametrize
 
+from fxsd.capture.examples import Examples
+from fxsd.capture.guards import check_bound, check_decision
 from fxsd.capture.modes import Flag, live_training
-from fxsd.capture.signature import bind, check_bound
+from fxsd.capture.proxies import Value, known_types
+from fxsd.capture.signature import bind
 from fxsd.errors import CaptureError
 from fxsd.graphmodule import CONSTANTS
 
@@ -33,16 +36,6 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 class Untraceable(Exception):
     """A part of the model that must not be recorded op by op."""
-
-
-class _Value(fx.Proxy):
-    """A value of the trace. Tensors are dense: layouts that no graph rewrite supports are known to be absent."""
-
-    @property
-    def is_nested(self) -> bool:
-        return False
-
-    is_sparse = is_quantized = is_mkldnn = is_nested
 
 
 class Tracer(fx.Tracer):
@@ -74,6 +67,9 @@ class Tracer(fx.Tracer):
         self.constants: dict[str, torch.Tensor] = {} if constants is None else constants
         self._attributes: dict[str, fx.Proxy] = {}
         self._flags: dict[str, fx.Proxy] = {}
+        self.examples: Examples | None = None
+        self._decided: dict[tuple[fx.Node, type], Any] = {}
+        self._set_aside = False
 
     def trace_model(self, root: nn.Module, example_inputs: Any) -> fx.Graph:
         """Traces `root`. The caller restores the model (see `snapshot`)."""
@@ -83,7 +79,9 @@ class Tracer(fx.Tracer):
             self._read_flag: Callable[[nn.Module], Any] = lambda module: module.__dict__["training"]
             stack.enter_context(live_training(lambda module: self._read_flag(module)))
             stack.enter_context(_recorded_factories(self))
-            stack.enter_context(_noticed_contexts())
+            stack.enter_context(_noticed_contexts(self))
+            if example_inputs is not None:
+                stack.enter_context(known_types(self))
             fastpath = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
             stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
@@ -104,16 +102,18 @@ class Tracer(fx.Tracer):
         root = self.root
         own = root.__dict__.get("forward")  # a forward patched onto the instance is the one that runs
         target = own or root.forward
-        parameters, bound = bind(target, self._example_inputs)
+        binding = bind(target, self._example_inputs)
+        if self._example_inputs is not None:
+            self.examples = Examples(root, binding.example, self.constants, self.training, self._aside)
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
-        for parameter in parameters:
+        for parameter in binding.parameters:
             default = () if parameter.default is inspect.Parameter.empty else (parameter.default,)
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not default:
                 default = (None,) if any(p.args for p in self.graph.nodes) else ()
             value: Any = self.create_proxy("placeholder", parameter.name, default, {})
-            if parameter.name in bound:
-                fixed = bound[parameter.name]
+            if parameter.name in binding.fixed:
+                fixed = binding.fixed[parameter.name]
                 if default and self._recordable(fixed):
                     self.create_proxy("call_function", check_bound, (value, fixed, parameter.name), {})
                 value = fixed
@@ -133,7 +133,44 @@ class Tracer(fx.Tracer):
         return value is None or isinstance(value, (bool, int, float, str))
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Value(node, self)
+        return Value(node, self)
+
+    # --- where Python must know a value -----------------------------------------------------------------------------
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self.decide(obj, bool))
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        return (obj[i] for i in range(len(obj)))
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        return list(self.known(obj))
+
+    def decide(self, obj: fx.Proxy, kind: type) -> Any:
+        """The value of `obj` as a `kind`, which the graph then takes for granted and checks."""
+        known = self.known(obj)
+        if isinstance(known, torch.Tensor):
+            raise Untraceable(f"{kind.__name__}() of a tensor: it decides on values, which differ from call to call.")
+        node = obj.node
+        if (node, kind) not in self._decided:
+            self._decided[node, kind] = kind(known)
+            self.create_node("call_function", check_decision, (node, self._decided[node, kind], _here()), {})
+        return self._decided[node, kind]
+
+    def known(self, obj: fx.Proxy) -> Any:
+        """The value of `obj` in the example call."""
+        if self.examples is None:
+            raise Untraceable("it decides on a value of the trace.")
+        return self.examples.value(obj.node)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Inside, calls reach torch and the model as if nothing were traced."""
+        before, self._set_aside = self._set_aside, True
+        try:
+            yield
+        finally:
+            self._set_aside = before
 
     # --- what is a leaf ---------------------------------------------------------------------------------------------
 
@@ -141,14 +178,20 @@ class Tracer(fx.Tracer):
         if module_qualified_name in self.leaves:
             return True
         if any(getattr(m, hooks, None) for hooks in _HOOKS) or parametrize.is_parametrized(m):
-            self.opaque[module_qualified_name] = "it has hooks or parametrizations, which only run when the module is called"
-            return True
-        if isinstance(m, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
-            self.opaque[module_qualified_name] = "it is compiled"
+            reason = "has hooks or parametrizations, which run only when it is called"
+        elif isinstance(m, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
+            reason = "is compiled"
+        else:
+            reason = None
+        if reason and next(m.children(), None):
+            self.opaque[module_qualified_name] = f"module {module_qualified_name!r} ({type(m).__name__}) {reason}"
+        if reason:
             return True
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _COMPOSITES)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._set_aside:
+            return forward(*args, **kwargs)
         path = self.submodule_paths.get(m) if self.submodule_paths else None
         if path is None:
             return self._call_unregistered(m, forward, args, kwargs)
@@ -182,9 +225,13 @@ class Tracer(fx.Tracer):
                 break
             self.graph.erase_node(node)
             erased.add(node)
+            if self.examples:
+                self.examples.forget(node)
         for cache in (self._attributes, self._flags):
             for key in [key for key, proxy in cache.items() if proxy.node in erased]:
                 del cache[key]
+        for decided in [key for key in self._decided if key[0] in erased]:
+            del self._decided[decided]
         self.module_stack.clear()
         self.module_stack.update(stack)
         self.num_calls.clear()
@@ -193,6 +240,8 @@ class Tracer(fx.Tracer):
     # --- attributes and constants -----------------------------------------------------------------------------------
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if self._set_aside:
+            return attr_val
         name = self._names.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
         if name is None:
             return attr_val
@@ -202,6 +251,8 @@ class Tracer(fx.Tracer):
         return self._attributes[name]
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
         if isinstance(a, torch.Tensor):
             name = self._names.get(id(a)) or self.tensor_attrs.get(a)
             if name is None:
@@ -214,7 +265,7 @@ class Tracer(fx.Tracer):
 
     def _flag(self, module: nn.Module) -> Any:
         path = self.submodule_paths.get(module) if self.submodule_paths else None
-        if path is None:
+        if path is None or self._set_aside:
             return module.__dict__.get("training", True)
         if path not in self._flags:
             node = self.create_node("get_attr", f"{path}.training" if path else "training", (), {})
@@ -237,14 +288,20 @@ class Tracer(fx.Tracer):
         )
 
 
+def _here() -> str:
+    """The line of the model's code that is being traced."""
+    frames = traceback.extract_stack()
+    frame = _users(frames)
+    return f"`{(frame.line or '').strip()}` ({frame.filename}:{frame.lineno})" if frame else "a decision"
+
+
+def _users(frames: traceback.StackSummary) -> traceback.FrameSummary | None:
+    inner = ("/torch/fx/", "/fxsd/capture/", "/torch/nn/modules/module.py", "/torch/_compile.py", "/torch/_dynamo/")
+    return next((frame for frame in reversed(frames) if not any(part in frame.filename for part in inner)), None)
+
+
 def _last_user_frame(error: Exception) -> traceback.FrameSummary | None:
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [
-        f
-        for f in frames
-        if "/torch/fx/" not in f.filename and "/fxsd/capture/" not in f.filename and "/torch/nn/modules/module.py" not in f.filename
-    ]
-    return own[-1] if own else None
+    return _users(traceback.extract_tb(error.__traceback__))
 
 
 @contextmanager
@@ -253,6 +310,8 @@ def _recorded_factories(tracer: Tracer) -> Iterator[None]:
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
+            if tracer._set_aside:
+                return function(*args, **kwargs)
             return tracer.create_proxy("call_function", function, args, kwargs)
 
         return record
@@ -267,15 +326,20 @@ def _recorded_factories(tracer: Tracer) -> Iterator[None]:
 
 
 @contextmanager
-def _noticed_contexts() -> Iterator[None]:
+def _noticed_contexts(tracer: Tracer) -> Iterator[None]:
     """`with torch.no_grad():` leaves no node, so the graph would lose it without a word."""
     originals: Mapping[Any, Any] = {cls: cls.__enter__ for cls in _CONTEXTS}
 
-    def refuse(context: Any) -> Any:
-        raise Untraceable(f"it enters {type(context).__name__}, which a graph cannot hold.")
+    def noticed(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def refuse(context: Any) -> Any:
+            if tracer._set_aside:
+                return enter(context)
+            raise Untraceable(f"it enters {type(context).__name__}, which a graph cannot hold.")
 
-    for cls in originals:
-        cls.__enter__ = refuse
+        return refuse
+
+    for cls, enter in originals.items():
+        cls.__enter__ = noticed(enter)
     try:
         yield
     finally:

@@ -1,0 +1,78 @@
+"""What the values of a trace are for one example call: computed on fake tensors, and only when Python asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+class Examples:
+    """The values of a graph's nodes under example inputs, as fake tensors and plain Python values.
+
+    Args:
+        root: the model that is traced.
+        inputs: placeholder name -> example value.
+        constants: tensors made while tracing, by the last part of their name.
+        training: what `training` flags are.
+        aside: a context inside which calls reach torch and the model instead of the trace.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        inputs: dict[str, Any],
+        constants: dict[str, torch.Tensor],
+        training: bool,
+        aside: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._root, self._inputs, self._constants, self._training, self._aside = root, inputs, constants, training, aside
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._values: dict[fx.Node, Any] = {}
+
+    def value(self, node: fx.Node) -> Any:
+        """The value of `node`; raises whatever computing it raises."""
+        stack = [node]
+        while stack:
+            missing = [arg for arg in stack[-1].all_input_nodes if arg not in self._values]
+            if stack[-1] in self._values:
+                stack.pop()
+            elif missing:
+                stack.extend(missing)
+            else:
+                current = stack.pop()
+                with self._aside(), self._mode:
+                    self._values[current] = self._compute(current)
+        return self._values[node]
+
+    def forget(self, node: fx.Node) -> None:
+        self._values.pop(node, None)
+
+    def _compute(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self._fake(self._inputs[str(node.target)])
+        if node.op == "get_attr":
+            return self._fake(self._attribute(str(node.target)))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        module = self._root.get_submodule(str(node.target))
+        state = {name: self._fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
+        return torch.func.functional_call(module, state, args, kwargs)
+
+    def _attribute(self, name: str) -> Any:
+        path, _, last = name.rpartition(".")
+        if last == "training":
+            return self._training
+        if last in self._constants:
+            return self._constants[last]
+        return getattr(self._root.get_submodule(path), last)
+
+    def _fake(self, value: Any) -> Any:
+        return torch.utils._pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
