@@ -105,16 +105,26 @@ class AugmentedBranch(WithBranch):
 
 class AugmentedShortcut(WithBranch):
     def forward(self, x: Tensor) -> Tensor:
-        y = x.tanh()
-        y += self.f(x.tanh())
-        y = y * 1
-        z = y
-        z = z + self.f(z)
-        return z.relu()
+        x = x * 2
+        x += self.f(x.clone())
+        return x.relu()
 
     def dropped(self, drop: Drop, x: Tensor) -> Tensor:
-        y = x.tanh() + self.f(x.tanh())  # two nodes give tanh: no shortcut as far as a graph can tell
-        return (y + drop(self.f(y))).relu()
+        x = x * 2
+        return (x + drop(self.f(x))).relu()
+
+
+class AugmentedInLoop(WithTwoBranches):
+    def forward(self, x: Tensor) -> Tensor:
+        for f in (self.f, self.g):
+            y = f(x)
+            y += x
+            x = y
+        return x
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        x = drop(self.f(x)) + x
+        return drop(self.g(x)) + x
 
 
 class AlphaOnBranch(WithBranch):
@@ -188,6 +198,10 @@ class AddIntoBranchReadLater(WithBranch):
         r = self.f(x)
         y = r.add_(x)
         return y, r.sin()
+
+    def dropped(self, drop: Drop, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = drop(self.f(x)) + x
+        return y, y.sin()
 
 
 class AddIntoBranchReadThroughItsBase(WithBranch):
@@ -327,6 +341,22 @@ class TokenMixing(nn.Module):
 
     def dropped(self, drop: Drop, x: Tensor) -> Tensor:
         return x + drop(self.f(self.norm(x).transpose(1, 2)).transpose(1, 2))
+
+
+class ScaledInPlace(WithBranch):
+    """NFNet: the branch is scaled by a statement whose value nobody takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(()), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = self.f(x)
+        r.mul_(self.gain)
+        return r * 0.2 + x
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return drop(self.f(x) * self.gain * 0.2) + x
 
 
 class BranchUsedElsewhere(WithTwoBranches):
@@ -516,6 +546,19 @@ def token_numbers(batch: int) -> tuple[Tensor, ...]:
     return (torch.randint(0, 7, (batch, 5)),)
 
 
+class AttentionPooling(nn.Module):
+    """Scores of tokens, and a mask that is computed from the token numbers: no residual add in sight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.score = nn.Embedding(7, WIDTH), nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        scores = self.score(x) + (ids == 0).unsqueeze(-1) * -1e4
+        return (x * scores.softmax(1)).sum(1)
+
+
 class PlainUNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -563,6 +606,10 @@ class ParallelSum(WithTwoBranches):
 class ParallelSumShortcutLast(WithTwoBranches):
     def forward(self, x: Tensor) -> Tensor:
         return self.f(x) + self.g(x) + x
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        f, g = self.f(x), self.g(x)
+        return drop(f) + drop(g) + x
 
 
 class ParallelProjections(nn.Module):
@@ -813,6 +860,54 @@ class AuxiliaryHead(nn.Module):
         return (x, auxiliary) if self.training else x
 
 
+def outputs(model: Callable[..., object], inputs: tuple[Tensor, ...], seed: int = 0) -> tuple[Tensor, ...]:
+    """The tensors that a model gives under a seed, on copies of the inputs."""
+    torch.manual_seed(seed)
+    result = model(*[tensor.clone() for tensor in inputs])
+    found = result if isinstance(result, tuple) else (result,)
+    assert found
+    assert all(isinstance(tensor, Tensor) for tensor in found)
+    return found
+
+
+def assert_equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Bit for bit, dtype and shape included."""
+    assert len(expected) > 0
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b), f"largest difference {(a - b).abs().max()}"
+
+
+def gradients(model: nn.Module, result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients of all parameters that `result` depends on, from a loss that weighs every output differently."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    loss = torch.stack([(t * torch.rand(t.shape, generator=generator, dtype=t.dtype)).sum() for t in result]).sum()
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    used = tuple(g for g in found if g is not None)
+    assert used
+    return used
+
+
+class Hand(nn.Module):
+    """The hand-written rewrite of a model, drawing as the op of a site is documented to."""
+
+    def __init__(self, model: nn.Module, drop_rate: float, method: str = "sample", scaling: str = "inference") -> None:
+        super().__init__()
+        self.model, self.rate, self.method, self.scaling = model, drop_rate, method, scaling
+
+    def drop(self, branch: Tensor) -> Tensor:
+        keep_prob = 1 - self.rate
+        if not self.training:
+            return keep_prob * branch if self.scaling == "inference" else branch
+        draws = branch.shape[0] if self.method == "sample" else 1
+        mask = (torch.rand(draws, *[1] * (branch.dim() - 1)) >= self.rate).to(branch.dtype)
+        return mask * branch if self.scaling == "inference" else mask / keep_prob * branch
+
+    def forward(self, *inputs: Tensor) -> object:
+        return self.model.dropped(self.drop, *inputs)
+
+
 IDENTITY, PROJECTION = ("", "identity"), ("", "projection")
 CONSTANT, NO_SHORTCUT, LONG_SKIP = "is a parameter or a constant", "neither side is a shortcut", "it is a long skip over residual blocks"
 
@@ -820,7 +915,8 @@ CASES = (
     Case(BranchRight, rows, (IDENTITY,)),
     Case(BranchLeft, rows, (IDENTITY,)),
     Case(AugmentedBranch, rows, (IDENTITY,)),
-    Case(AugmentedShortcut, rows, (IDENTITY,), (NO_SHORTCUT,)),
+    Case(AugmentedShortcut, rows, (IDENTITY,)),
+    Case(AugmentedInLoop, rows, (IDENTITY, IDENTITY)),
     Case(AlphaOnBranch, rows, (IDENTITY,)),
     Case(AlphaOnShortcut, rows, (IDENTITY,)),
     Case(AddByKeyword, rows, (IDENTITY, IDENTITY)),
@@ -828,12 +924,18 @@ CASES = (
     Case(AddIntoBranch, rows, (IDENTITY,)),
     Case(AddIntoShortcut, rows, (IDENTITY,)),
     Case(AddIntoShortcutReadLater, rows, (IDENTITY,)),
-    Case(AddIntoBranchReadLater, rows, (), ("in place",)),
+    Case(AddIntoBranchReadLater, rows, (IDENTITY,)),
     Case(AddIntoBranchReadThroughItsBase, rows, (), ("in place",)),
-    Case(AddIntoBranchReadThroughAView, rows, (), ("in place",)),
-    Case(AugmentedBranchReadLater, rows, (), ("in place",)),
+    Case(AddIntoBranchReadThroughAView, rows, (), ("in place",), "a view of the branch that was taken before the add goes unseen"),
+    Case(AugmentedBranchReadLater, rows, (), ("in place",), "symbolic tracing turns += into an add that writes nothing"),
     Case(ConvBnShortcut, images, (PROJECTION,)),
-    Case(PooledConvShortcut, images, (PROJECTION,)),
+    Case(
+        PooledConvShortcut,
+        images,
+        (PROJECTION,),
+        (),
+        "pool and conv count as two pieces of work, as many as the branch of a basic block has",
+    ),
     Case(ActivatedShortcut, images, (PROJECTION,)),
     Case(PooledShortcut, images, (PROJECTION,)),
     Case(PaddedShortcut, images, (PROJECTION,)),
@@ -842,6 +944,7 @@ CASES = (
     Case(Broadcast, images, (IDENTITY,)),
     Case(LayerScale, rows, (IDENTITY, IDENTITY)),
     Case(TokenMixing, tokens, (IDENTITY,)),
+    Case(ScaledInPlace, rows, (IDENTITY,)),
     Case(BranchUsedElsewhere, rows, (IDENTITY,)),
     Case(FunctionalDropout, rows, (IDENTITY,)),
     Case(OpaqueBranch, rows, (IDENTITY,)),
@@ -855,13 +958,14 @@ CASES = (
     Case(NoWork, rows, (), ("there is nothing to drop",)),
     Case(TwoStreams, two_rows, (), (NO_SHORTCUT,)),
     Case(MaskedAttention, masked_tokens, (IDENTITY,), (NO_SHORTCUT,)),
-    Case(PaddingMask, token_numbers, (IDENTITY,), ("",)),
-    Case(PlainUNet, images, (), ("as a U-Net does",)),
+    Case(PaddingMask, token_numbers, (IDENTITY,), ("it lies inside the branch of the residual add",)),
+    Case(AttentionPooling, token_numbers, (), (NO_SHORTCUT,), "a mask computed from the input passes for a projection of it"),
+    Case(PlainUNet, images, (), ("as a U-Net does",), "an identity merge over a change of resolution looks like a residual block"),
     Case(LateralUNet, images, (), ("as a U-Net does",)),
     Case(Subtraction, rows),
     Case(ParallelSum, rows, (IDENTITY, IDENTITY)),
-    Case(ParallelSumShortcutLast, rows, (IDENTITY, IDENTITY)),
-    Case(ParallelProjections, images, (PROJECTION, PROJECTION)),
+    Case(ParallelSumShortcutLast, rows, (IDENTITY, IDENTITY), (), "the sum of both branches is taken for one branch"),
+    Case(ParallelProjections, images, (PROJECTION, PROJECTION), (), "the first branch counts as work of the second one's shortcut"),
     Case(Outer, rows, (IDENTITY,), ("it lies inside the branch of the residual add",)),
     Case(OuterInOneForward, rows, (IDENTITY, IDENTITY)),
     Case(LongSkip, rows, tuple((f"body.{i}", "identity") for i in range(3)), (LONG_SKIP,)),

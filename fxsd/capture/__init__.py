@@ -46,7 +46,7 @@ def capture(model: nn.Module, example_inputs: Any, owners_of_sites: Callable[[Ca
         FxsdError: `model` is no module, or wraps one, or `example_inputs` do not fit its forward.
     """
     _check(model)
-    with unchanged(model):
+    with unchanged(model) as snapshot:
         found = drop_paths(model)
         known = frozenset(name for name, module in model.named_modules() if module in found)
         if isinstance(model, fx.GraphModule):
@@ -54,7 +54,7 @@ def capture(model: nn.Module, example_inputs: Any, owners_of_sites: Callable[[Ca
             return Captured(model, copy_graph(model.graph), eval_graph and copy_graph(eval_graph), known)
 
         def trace(leaves: frozenset[str], training: bool) -> Tracer:
-            tracer = Tracer(leaves, training, hidden_residual_adds, constants)
+            tracer = Tracer(leaves, training, hidden_residual_adds, constants, snapshot.restore)
             tracer.trace_model(model, example_inputs)
             return tracer
 
@@ -65,6 +65,7 @@ def capture(model: nn.Module, example_inputs: Any, owners_of_sites: Callable[[Ca
             whole = frozenset(p for p in train.branched if p and not any(_within(owner, p) for owner in held))
             leaves = known | whole
             constants.clear()
+            snapshot.restore(model)
             train = trace(leaves, True) if whole else train
             evaluated = trace(leaves, False) if train.branched else train
             if str(evaluated.graph) != str(train.graph):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,15 @@ class Binding:
         parameters: what becomes a placeholder each.
         fixed: values of those that are not live: defaults that the example call does not supply, and example values without a tensor.
         example: values of the others in the example call, if there is one.
+        positional: names of the arguments that the call passes by position.
+        given: names of all that it passes.
     """
 
     parameters: list[inspect.Parameter]
     fixed: dict[str, Any]
     example: dict[str, Any]
+    positional: Set[str]
+    given: Set[str]
 
 
 def bind(forward: Callable[..., Any], example_inputs: Any) -> Binding:
@@ -36,10 +40,12 @@ def bind(forward: Callable[..., Any], example_inputs: Any) -> Binding:
     """
     signature = inspect.signature(forward)
     given: dict[str, Any] = {}
+    by_keyword: Set[str] = set()
     if example_inputs is not None:
         args, kwargs = as_call(example_inputs)
         try:
             given = dict(signature.bind(*args, **kwargs).arguments)
+            by_keyword = kwargs.keys()
         except TypeError as error:
             raise FxsdError(f"example_inputs do not fit the model's forward{signature}: {error}.") from error
     parameters: list[inspect.Parameter] = []
@@ -59,8 +65,13 @@ def bind(forward: Callable[..., Any], example_inputs: Any) -> Binding:
             parameters.append(parameter)
             if parameter.name not in given and parameter.default is not inspect.Parameter.empty:
                 fixed[parameter.name] = parameter.default
+    if example_inputs is None:
+        given = {p.name: None for p in parameters if p.name not in fixed}
+        by_keyword = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        return Binding(parameters, fixed, {}, given.keys() - by_keyword, given.keys())
     fixed |= {name: value for name, value in given.items() if not holds_tensor(value)}
-    return Binding(parameters, fixed, {name: value for name, value in given.items() if name not in fixed})
+    example = {name: value for name, value in given.items() if name not in fixed}
+    return Binding(parameters, fixed, example, given.keys() - by_keyword, given.keys())
 
 
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -13,16 +13,37 @@ import torch
 from torch import nn
 
 
+class Snapshot:
+    """The attributes of every module of a model, and the containers in them, as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = {module: _shallow(module.__dict__) for module in model.modules()}
+
+    def restore(self, part: nn.Module) -> None:
+        """Puts back `part` and every module in it."""
+        for module in self._inside(part):
+            _restore(module.__dict__, self._kept[module])
+
+    def _inside(self, part: nn.Module) -> set[nn.Module]:
+        """The modules in `part` at the time of the snapshot, whatever a trace did to the tree since."""
+        found, stack = {part}, [part]
+        while stack:
+            kept = self._kept[stack.pop()]["_modules"][1]
+            new = {child for child in kept.values() if child is not None and child not in found}
+            found |= new
+            stack.extend(new)
+        return found
+
+
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Restores every module's attributes, and the containers in them, and the random state, on exit."""
-    kept = [(module, _shallow(module.__dict__)) for module in model.modules()]
+def unchanged(model: nn.Module) -> Iterator[Snapshot]:
+    """On exit the model is as it was, and so is the random state."""
+    snapshot = Snapshot(model)
     with torch.random.fork_rng(devices=[]):
         try:
-            yield
+            yield snapshot
         finally:
-            for module, attributes in kept:
-                _restore(module.__dict__, attributes)
+            snapshot.restore(model)
 
 
 def _shallow(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

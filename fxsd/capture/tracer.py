@@ -49,6 +49,8 @@ class Tracer(fx.Tracer):
         leaves: paths of modules to keep as calls.
         training: the mode that Python decisions on `self.training` see.
         hides_sites: told a module that failed, returns how many residual adds would be out of reach inside it.
+        constants: where to put tensors that are made while tracing.
+        restore: takes back what a failed attempt left in a module's attributes.
     """
 
     proxy_buffer_attributes = True
@@ -59,9 +61,10 @@ class Tracer(fx.Tracer):
         training: bool = True,
         hides_sites: Callable[[nn.Module], int] = lambda module: 0,
         constants: dict[str, torch.Tensor] | None = None,
+        restore: Callable[[nn.Module], None] = lambda module: None,
     ) -> None:
         super().__init__()
-        self.leaves, self.training, self.hides_sites = leaves, training, hides_sites
+        self.leaves, self.training, self.hides_sites, self.restore = leaves, training, hides_sites, restore
         self.branched: dict[str, None] = {}
         self.opaque: dict[str, str] = {}
         self.constants: dict[str, torch.Tensor] = {} if constants is None else constants
@@ -108,19 +111,21 @@ class Tracer(fx.Tracer):
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
         for parameter in binding.parameters:
+            name = parameter.name
             default = () if parameter.default is inspect.Parameter.empty else (parameter.default,)
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not default:
-                default = (None,) if any(p.args for p in self.graph.nodes) else ()
-            value: Any = self.create_proxy("placeholder", parameter.name, default, {})
-            if parameter.name in binding.fixed:
-                fixed = binding.fixed[parameter.name]
-                if default and self._recordable(fixed):
-                    self.create_proxy("call_function", check_bound, (value, fixed, parameter.name), {})
+            if not default and any(node.args for node in self.graph.nodes):
+                default = (None,)  # Python wants a default after the first one
+            value: Any = self.create_proxy("placeholder", name, default, {})
+            if name in binding.fixed:
+                fixed = binding.fixed[name]
+                if self._recordable(fixed):
+                    self.create_proxy("call_function", check_bound, (value, fixed, name), {})
                 value = fixed
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                kwargs[parameter.name] = value
-            else:
+            # An argument that the call leaves out stays left out: decorators tell the difference.
+            if name in binding.positional:
                 args.append(value)
+            elif name in binding.given or not default:
+                kwargs[name] = value
         self._read_flag = self._flag
 
         def run(*values):  # type: ignore[no-untyped-def]  # its annotations would show in the generated code
@@ -208,6 +213,7 @@ class Tracer(fx.Tracer):
                 adds = "1 residual add" if hidden == 1 else f"{hidden} residual adds"
                 raise CaptureError(f"{why} It holds {adds}, which could not be rewritten.") from error
             self._roll_back(last, stack, calls)
+            self.restore(m)
             self.leaves |= {path}
             self.opaque[path] = why
             return super().call_module(m, forward, args, kwargs)
@@ -253,6 +259,8 @@ class Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
+        if isinstance(a, dict) and type(a) is not dict:  # a ModelOutput, an OrderedDict: built again as what it is
+            return self.create_node("call_function", type(a), (), {str(k): self.create_arg(v) for k, v in a.items()})
         if isinstance(a, torch.Tensor):
             name = self._names.get(id(a)) or self.tensor_attrs.get(a)
             if name is None:
@@ -281,9 +289,9 @@ class Tracer(fx.Tracer):
         where = f"module {path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
         frame = _last_user_frame(error)
         line = f"{frame.filename}:{frame.lineno}, `{(frame.line or '').strip()}`" if frame else "its code"
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cause = (str(error).splitlines()[0] if str(error) else type(error).__name__).removesuffix(".")
         return (
-            f"{where} stopped tracing at {line}: {cause} Pass example_inputs if the decision rests on shapes or on optional "
+            f"{where} stopped tracing at {line}: {cause}. Pass example_inputs if the decision rests on shapes or on optional "
             f"arguments; otherwise keep the module out of the forward, or write this line with tensor ops."
         )
 
