@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import networkx as nx
 from torch import fx
 
-from fxsd.residual import Residual, call, owner
+from fxsd.residual import Residual
 
 _NUMBER = re.compile(r"(^|\.)\d+$")
 _NUMBERED = re.compile(r"\d$")  # encoder_layer_0, block1-0
@@ -51,20 +51,28 @@ def depths(graph: fx.Graph, residuals: Sequence[Residual], depth_by: str = "bloc
 
 def _blocks(residuals: Sequence[Residual]) -> list[str]:
     # A number that is around every site tells none of them apart: Sequential(normalize, model).
-    around = [{path for path, _ in _stack(r)} for r in residuals]
+    around = [set(_prefixes(r.module)) for r in residuals]
     common = set.intersection(*around) if len(around) > 1 else set()
     return [_block(residual, common) for residual in residuals]
 
 
 def _block(residual: Residual, common: set[str]) -> str:
+    called = _calls(residual)
     for pattern in (_NUMBER, _NUMBERED):
-        for path, key in reversed(_stack(residual)):
+        for path in reversed(_prefixes(residual.module)):
             if pattern.search(path) and path not in common:
-                return key
-    return f"{call(residual.add)}:{residual.add.name}"
+                # A module that runs twice is a block each time. A mere container counts with the module that runs around it.
+                return next((f"{path} in {called[around]}" for around in reversed(_prefixes(path)) if around in called), path)
+    return f"{called.get(residual.module, residual.module)}:{residual.add.name}"
 
 
-def _stack(residual: Residual) -> list[tuple[str, str]]:
-    """(path, path told apart by call) of the modules around the add, outermost first."""
-    stack = residual.add.meta.get("nn_module_stack")
-    return [(value[0], str(key)) for key, value in stack.items()] if stack else [(owner(residual.add), "")]
+def _prefixes(path: str) -> list[str]:
+    """The paths of the modules around and including `path`, outermost first, without the root."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _calls(residual: Residual) -> dict[str, str]:
+    """path -> the same told apart by call, of the modules that run around the add."""
+    stack = residual.add.meta.get("nn_module_stack") or {}
+    return {value[0]: str(key) for key, value in stack.items()}

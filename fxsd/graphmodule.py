@@ -16,6 +16,8 @@ import torch
 from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 
+from fxsd.ops import StochasticDepth
+
 META = "fxsd"  # the key of fxsd's own entries in node.meta
 CONSTANTS = "fxsd_constants"  # the module that holds tensors made while tracing
 
@@ -75,7 +77,7 @@ def build(model: nn.Module, graph: fx.Graph, eval_graph: fx.Graph | None, consta
         for node in each.nodes
         if node.op == "call_module"
     }
-    root = _shallow_tree(model, {part for module in called for part in module.modules()}, {})
+    root = _shallow_tree(model, called, {})
     if constants:
         holder = nn.Module()
         for name, tensor in constants.items():
@@ -102,6 +104,8 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def _shallow_tree(module: nn.Module, shared: Set[nn.Module], memo: dict[nn.Module, nn.Module]) -> nn.Module:
+    if isinstance(module, StochasticDepth):
+        return copy.deepcopy(module, {})  # the rates of two transformed models move apart
     if module in shared:
         return module
     if module not in memo:

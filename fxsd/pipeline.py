@@ -208,6 +208,13 @@ def _select(model: nn.Module, found: Found, options: Options, check: bool = True
     """Splits the residual adds into those that the user wants and those that he does not."""
     targets, exclude = _names("target_layer_name", options.target_layer_name), _names("exclude", options.exclude)
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
+    for argument, globs in (("include", _names("include", options.include)), ("exclude", exclude)):
+        for glob in globs:
+            if not any(fnmatchcase(path, glob) for path in classes):
+                raise FxsdError(
+                    f"{argument} must be globs of module paths, but {glob!r} matches no module. "
+                    f"Paths with residual adds are {_some(sorted({r.module for r in found.residuals}))}."
+                )
     taken, left = [], []
     for r in found.residuals:
         if _matches(r.module, exclude):
@@ -216,10 +223,11 @@ def _select(model: nn.Module, found: Found, options: Options, check: bool = True
             left.append(RejectedAdd(r.add, r.module, "target_layer_name names none of the modules around it"))
         else:
             taken.append(r)
-    if check and targets and found.residuals and not taken:
+    idle = [name for name in targets if not any(_matches(r.module, [name], classes) for r in found.residuals)]
+    if check and idle and found.residuals:
         around = {classes[path] for r in found.residuals for path in _ancestors(r.module) if path in classes}
         raise FxsdError(
-            f"target_layer_name must name a class or a module path around a residual add, but got {options.target_layer_name!r}. "
+            f"target_layer_name must name a class or a module path around a residual add, but got {idle[0]!r}, which names none. "
             f"Classes around them are {_some(sorted(around))}."
         )
     return taken, left

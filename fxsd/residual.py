@@ -216,7 +216,7 @@ class _Finder:
         if together and any(self.kinds[node] is Kind.RESIZE for node in region):
             return "its branch goes down and up again in resolution around a residual add: it merges levels, as a U-Net does"
         for node in inner:
-            if node not in together:
+            if node not in together and not self.include(owner(node)):
                 del self.accepted[node]
                 self._reject(node, f"it lies inside the branch of the residual add {outer.add.name}")
         return None

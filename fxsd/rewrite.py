@@ -50,7 +50,7 @@ def rewrite(
     # The tree is built while native drop paths are still called: they stay the user's own modules.
     gm = build(captured.model, captured.graph, captured.eval_graph, captured.constants)
     targets: dict[str, str] = {}
-    retired = _retire(gm, [plan.residual for plan in plans])
+    retired = _retire(gm, [*(plan.residual for plan in plans), *eval_residuals.values()])
     for plan in plans:
         home = gm.get_submodule(plan.residual.module)
         op = StochasticDepth(
@@ -66,7 +66,6 @@ def rewrite(
         op.to(_device(home, gm))
         targets[plan.name] = _attach(home, plan.residual.module, op)
         _insert(plan.residual, targets[plan.name], retired)
-    retired = _retire(gm, list(eval_residuals.values()))
     for name, residual in eval_residuals.items():
         _insert(residual, targets[name], retired)
     for graph in (captured.graph, captured.eval_graph):
@@ -103,9 +102,9 @@ def _retire(gm: nn.Module, residuals: Sequence[Residual]) -> dict[fx.Node, fx.No
         native.replace_all_uses_with(retired[native])
         native.graph.erase_node(native)
         home, _, name = str(native.target).rpartition(".")
-        parent = gm.get_submodule(home)
-        if isinstance(parent._modules.get(name), StochasticDepth):
-            delattr(parent, name)
+        siblings = gm.get_submodule(home)._modules
+        if isinstance(siblings.get(name), StochasticDepth):
+            del siblings[name]
     return retired
 
 
