@@ -13,19 +13,22 @@ Pure reading of a graph: no edits, no rates, no modules. The rules, in the order
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from fxsd.reach import Reach, cuts
-from fxsd.values import Kind, activation_inputs, is_activation, op_name
+from fxsd.values import Kind, is_activation, op_name
 
 _CHAIN = {Kind.VIEW, Kind.SCALE, Kind.DROP}
 _LIGHT = {Kind.NORM, Kind.POOL, Kind.PAD, Kind.NONLINEAR, Kind.RESIZE, Kind.JOIN}
 _WORK = {Kind.LINEAR, Kind.MIX, Kind.OPAQUE, Kind.POOL}
 _LINEAR = {Kind.LINEAR, Kind.VIEW, Kind.SCALE, Kind.NORM, Kind.PAD, Kind.DROP, Kind.ADD, Kind.JOIN, Kind.RESIZE, Kind.POOL}
 _BARE = {Kind.LINEAR, Kind.VIEW, Kind.SCALE, Kind.PAD}
+_MERGE = "its branch goes down and up again in resolution: it merges levels, as a U-Net does"
+_NUMBERED = re.compile(r"\d(\.|$)")  # a path with a numbered module in it
 
 
 @dataclass(frozen=True)
@@ -151,17 +154,25 @@ class _Finder:
         fork = self.reach.common_fork(a, b)
         if fork is None or fork is a or fork is b:
             return None
-        work_a, work_b = (self._work(self.reach.region(fork, side)) for side in (a, b))
-        if work_a == work_b:
+        weight_a, weight_b = (self._weight(fork, side) for side in (a, b))
+        if weight_a == weight_b:
             return None
-        branch, shortcut = (a, b) if work_a > work_b else (b, a)
+        branch, shortcut = (a, b) if weight_a > weight_b else (b, a)
         return self._residual(add, branch, shortcut, fork, "projection")
+
+    def _weight(self, fork: fx.Node, side: fx.Node) -> int:
+        """How much a side does: pools alone make no branch."""
+        return sum(self.kinds[node] in _WORK - {Kind.POOL} for node in self.reach.region(fork, self._first_shortcut(side)))
+
+    def _first_shortcut(self, side: fx.Node) -> fx.Node:
+        """x + f(x) + g(x): the second branch has the shortcut of the first."""
+        while side in self.accepted:
+            side = self.accepted[side].shortcut
+        return side
 
     def _is_light(self, shortcut: fx.Node, fork: fx.Node) -> bool:
         """At most one linear op from `fork` to `shortcut`, and else only norms, pools, activations and views."""
-        while shortcut in self.accepted:  # x + f(x) + g(x): the second branch has the shortcut of the first
-            shortcut = self.accepted[shortcut].shortcut
-        region = self.reach.region(fork, shortcut)
+        region = self.reach.region(fork, self._first_shortcut(shortcut))
         linears = sum(self.kinds[node] is Kind.LINEAR for node in region)
         return linears <= 1 and all(self.kinds[n] in _CHAIN | _LIGHT or _is_plain_call(n, self.kinds) for n in region)
 
@@ -177,7 +188,10 @@ class _Finder:
             if node in self.accepted:  # x + f(x) + g(x): the second branch forks where the first one does
                 node = self.accepted[node].shortcut
                 continue
-            inputs = node.all_input_nodes if self.kinds[node] is Kind.CONSTANT else activation_inputs(node, self.kinds)
+            constant = self.kinds[node] is Kind.CONSTANT
+            inputs = [
+                arg for arg in node.all_input_nodes if (self.kinds[arg] is Kind.CONSTANT if constant else is_activation(self.kinds[arg]))
+            ]
             if len(inputs) != 1 or self.kinds[node] not in through | {Kind.CONSTANT}:
                 return
             node = inputs[0]
@@ -198,8 +212,15 @@ class _Finder:
                 return "both sides are linear, as in reparametrised convolutions"
             beside = {self.kinds[node] for node in self.reach.region(candidate.fork, candidate.shortcut)}
             if Kind.RESIZE in inside - beside:
-                return "its branch goes down and up again in resolution: it merges levels, as a U-Net does"
+                return _MERGE
+        elif Kind.RESIZE in inside and not (_NUMBERED.search(owner(candidate.add)) and self._all_inside(candidate.add, region)):
+            return _MERGE
         return None
+
+    def _all_inside(self, add: fx.Node, region: list[fx.Node]) -> bool:
+        """Does the module call that executes `add` execute all of `region`? A block does; a decoder gets its skip from outside."""
+        here = call(add)
+        return all(here in (node.meta.get("nn_module_stack") or {"": None}) for node in region)
 
     def _nested(self, outer: Residual) -> str | None:
         """Residual adds inside the branch: in series they make the outer add a long skip, elsewhere they are its internals."""
@@ -214,7 +235,7 @@ class _Finder:
             return "its shortcut is a constant that feeds earlier blocks"
         together = [node for node in series if call(node) == call(outer.add)]
         if together and any(self.kinds[node] is Kind.RESIZE for node in region):
-            return "its branch goes down and up again in resolution around a residual add: it merges levels, as a U-Net does"
+            return _MERGE
         for node in inner:
             if node not in together and not self.include(owner(node)):
                 del self.accepted[node]
@@ -227,12 +248,19 @@ class _Finder:
         writes = op_name(add) == "iadd" or str(add.target).split(".")[-2:-1] == ["add_"] or add.target == "add_"
         if not writes or operands(add)[0] is not candidate.branch:
             return None
-        here = self.reach.index[add]
-        for node in self._chain(candidate.branch, {Kind.VIEW}):
-            late = [user for user in node.users if self.reach.index[user] > here]
+        for node in self._aliases(candidate.branch):
+            late = [user for user in node.users if self.reach.index[user] > self.reach.index[add]]
             if late:
                 return f"it adds in place into {node.name}, which {late[0].name} reads afterwards"
         return None
+
+    def _aliases(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes before an in-place write that may share memory with `node`: views of it, and what it is a view of."""
+        seen, stack = {node}, [*self._chain(node, {Kind.VIEW})]
+        while stack:
+            seen.add(base := stack.pop())
+            stack.extend(user for user in base.users if self.kinds[user] is Kind.VIEW and user not in seen)
+        return sorted(seen, key=self.reach.index.__getitem__)
 
     def _work(self, region: list[fx.Node]) -> int:
         return sum(self.kinds[node] in _WORK for node in region)

@@ -56,6 +56,11 @@ _FACTORIES = {
     "new_ones", "new_full", "new_empty", "new_tensor", "finfo", "iinfo", "meshgrid", "bernoulli", "tril_indices", "triu_indices",
     "check_bound", "check_decision",
 }  # fmt: skip
+# Their outputs carry no gradient: masks and indices, not activations.
+_DECISIONS = {
+    "eq", "ne", "lt", "le", "gt", "ge", "equal", "isnan", "isinf", "isfinite", "isclose", "logical_not", "logical_and", "logical_or",
+    "logical_xor", "bool", "long", "int", "argmax", "argmin", "argsort", "nonzero", "bucketize", "searchsorted", "sign",
+}  # fmt: skip
 _NORMS = {
     "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "normalize", "local_response_norm", "native_layer_norm",
     "native_group_norm", "native_batch_norm",
@@ -146,7 +151,7 @@ def _kind(node: fx.Node, known: dict[fx.Node, Kind], module: Callable[[str], nn.
     name = op_name(node)
     if name in _SHAPES:
         return Kind.SHAPE
-    if name in _FACTORIES:
+    if name in _FACTORIES or (name in _DECISIONS and (alive or Kind.CONSTANT in inputs)):
         return Kind.CONSTANT
     if not alive:
         return Kind.CONSTANT if Kind.CONSTANT in inputs else Kind.SHAPE
