@@ -8,7 +8,7 @@ tree and pickles the graph itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -64,30 +64,28 @@ class StochasticGraphModule(fx.GraphModule):
         return {k: v for k, v in self.__dict__.items() if k not in _GENERATED}
 
 
-def build(model: nn.Module, graph: fx.Graph, eval_graph: fx.Graph | None, constants: Mapping[str, torch.Tensor]) -> StochasticGraphModule:
-    """A GraphModule over `model`'s own tree: same keys, order, classes and plain attributes.
+def shallow_tree(model: nn.Module, graphs: Sequence[fx.Graph], constants: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A copy of `model`'s module tree to build a GraphModule around: same keys, order, classes and plain attributes.
 
-    Modules that the graph calls are shared with `model`; those between are shallow copies, so that what is added to
-    them stays out of `model`, while parameters and buffers are the same objects.
+    Modules that the graphs call are shared with `model`; those between are shallow copies, so that what is added to them
+    stays out of `model`, while parameters and buffers are the same objects.
     """
-    called = {
-        model.get_submodule(str(node.target))
-        for each in (graph, eval_graph)
-        if each is not None
-        for node in each.nodes
-        if node.op == "call_module"
-    }
-    root = _shallow_tree(model, called, {})
+    called = {model.get_submodule(str(node.target)) for graph in graphs for node in graph.nodes if node.op == "call_module"}
+    root = _copy_tree(model, called, {})
     if constants:
         holder = nn.Module()
         for name, tensor in constants.items():
             holder.register_buffer(name, tensor, persistent=False)
         root._modules[CONSTANTS] = holder
-    # Plain attributes of the model carry over, but for names that a GraphModule needs itself.
+    return root
+
+
+def build(root: nn.Module, graph: fx.Graph, eval_graph: fx.Graph | None = None) -> StochasticGraphModule:
+    """The GraphModule over a tree of its own. Plain attributes of the root carry over, but for names that a GraphModule needs itself."""
     taken = set(dir(fx.GraphModule)) - set(dir(nn.Module)) | _GENERATED
     own = vars(fx.GraphModule(nn.Module(), fx.Graph()))
     state = {k: v for k, v in (own | root.__dict__).items() if k not in taken}
-    return _fill(_empty(), state, graph, eval_graph, type(model).__name__)
+    return _fill(_empty(), state, graph, eval_graph, type(root).__name__)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -103,7 +101,7 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return new
 
 
-def _shallow_tree(module: nn.Module, shared: Set[nn.Module], memo: dict[nn.Module, nn.Module]) -> nn.Module:
+def _copy_tree(module: nn.Module, shared: Set[nn.Module], memo: dict[nn.Module, nn.Module]) -> nn.Module:
     if isinstance(module, StochasticDepth):
         return copy.deepcopy(module, {})  # the rates of two transformed models move apart
     if module in shared:
@@ -114,7 +112,7 @@ def _shallow_tree(module: nn.Module, shared: Set[nn.Module], memo: dict[nn.Modul
         for hooks in _HOOKS:
             new.__dict__[hooks] = copy.copy(module.__dict__[hooks]) if hooks in module.__dict__ else {}
         new.__dict__["_modules"] = {
-            name: child if child is None else _shallow_tree(child, shared, memo) for name, child in module._modules.items()
+            name: child if child is None else _copy_tree(child, shared, memo) for name, child in module._modules.items()
         }
     return memo[module]
 

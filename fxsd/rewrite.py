@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from fxsd.capture import Captured
-from fxsd.graphmodule import META, StochasticGraphModule, build
+from fxsd.graphmodule import META, StochasticGraphModule, build, shallow_tree
 from fxsd.ops import StochasticDepth
 from fxsd.residual import Residual
 
@@ -47,12 +47,12 @@ def rewrite(
         eval_residuals: site name -> the same add in `captured.eval_graph`, where there is one.
         stochastic_method, scaling: as in `fxsd.transform`.
     """
-    # The tree is built while native drop paths are still called: they stay the user's own modules.
-    gm = build(captured.model, captured.graph, captured.eval_graph, captured.constants)
-    targets: dict[str, str] = {}
-    retired = _retire(gm, [*(plan.residual for plan in plans), *eval_residuals.values()])
+    graphs = [graph for graph in (captured.graph, captured.eval_graph) if graph is not None]
+    # The tree is made while native drop paths are still called: they stay the user's own modules.
+    root = shallow_tree(captured.model, graphs, captured.constants)
+    retired = _retire(root, [*(plan.residual for plan in plans), *eval_residuals.values()])
     for plan in plans:
-        home = gm.get_submodule(plan.residual.module)
+        home = root.get_submodule(plan.residual.module)
         op = StochasticDepth(
             plan.drop_rate,
             stochastic_method,
@@ -63,21 +63,20 @@ def rewrite(
             kind=plan.residual.kind,
             weight=plan.weight,
         ).train(home.training)
-        op.to(_device(home, gm))
-        targets[plan.name] = _attach(home, plan.residual.module, op)
-        _insert(plan.residual, targets[plan.name], retired)
-    for name, residual in eval_residuals.items():
-        _insert(residual, targets[name], retired)
-    for graph in (captured.graph, captured.eval_graph):
-        if graph is not None:
-            graph.lint()
-    gm.recompile()
+        op.to(_device(home, root))
+        target = _attach(home, plan.residual.module, op)
+        _insert(plan.residual, target, retired)
+        if plan.name in eval_residuals:
+            _insert(eval_residuals[plan.name], target, retired)
+    gm = build(root, captured.graph, captured.eval_graph)
+    for graph in graphs:
+        graph.lint()
     return gm
 
 
-def _device(home: nn.Module, gm: nn.Module) -> torch.device:
+def _device(home: nn.Module, root: nn.Module) -> torch.device:
     """Where the site's rate must live: with the parameters around it. A model on the meta device has no such place yet."""
-    tensors = chain(home.parameters(), home.buffers(), gm.parameters(), gm.buffers())
+    tensors = chain(home.parameters(), home.buffers(), root.parameters(), root.buffers())
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
 
@@ -91,7 +90,7 @@ def _attach(home: nn.Module, path: str, op: StochasticDepth) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _retire(gm: nn.Module, residuals: Sequence[Residual]) -> dict[fx.Node, fx.Node]:
+def _retire(root: nn.Module, residuals: Sequence[Residual]) -> dict[fx.Node, fx.Node]:
     """Takes out the stochastic depth that branches already end in. Returns each node taken out -> what stands for it now."""
     retired: dict[fx.Node, fx.Node] = {}
     for residual in residuals:
@@ -102,7 +101,7 @@ def _retire(gm: nn.Module, residuals: Sequence[Residual]) -> dict[fx.Node, fx.No
         native.replace_all_uses_with(retired[native])
         native.graph.erase_node(native)
         home, _, name = str(native.target).rpartition(".")
-        siblings = gm.get_submodule(home)._modules
+        siblings = root.get_submodule(home)._modules
         if isinstance(siblings.get(name), StochasticDepth):
             del siblings[name]
     return retired

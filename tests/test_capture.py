@@ -16,7 +16,7 @@ import fxsd
 from fxsd.capture import Captured, capture
 from fxsd.capture.droppath import drop_paths
 from fxsd.capture.hidden import hidden_residual_adds
-from fxsd.graphmodule import StochasticGraphModule, build
+from fxsd.graphmodule import StochasticGraphModule, build, shallow_tree
 
 
 def captured(model: nn.Module, example_inputs: object = None) -> Captured:
@@ -25,7 +25,8 @@ def captured(model: nn.Module, example_inputs: object = None) -> Captured:
 
 def rebuilt(model: nn.Module, example_inputs: object = None) -> StochasticGraphModule:
     found = captured(model, example_inputs)
-    return build(model, found.graph, found.eval_graph, found.constants)
+    graphs = [graph for graph in (found.graph, found.eval_graph) if graph is not None]
+    return build(shallow_tree(model, graphs, found.constants), found.graph, found.eval_graph)
 
 
 class Mlp(nn.Module):

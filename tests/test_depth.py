@@ -133,10 +133,6 @@ def test_depth_follows_the_data_and_not_the_order_of_definition():
     assert depths(Backwards()) == {"blocks.2": 0, "blocks.1": 1, "blocks.0": 2}
 
 
-UNCALLED = "a numbered container that is never called itself, as a ModuleDict, is not seen as a block"
-
-
-@pytest.mark.xfail(strict=True, reason=UNCALLED)
 def test_a_numbered_container_that_is_never_called_is_a_block():
     class Layers(nn.Module):
         def __init__(self) -> None:
@@ -151,7 +147,6 @@ def test_a_numbered_container_that_is_never_called_is_a_block():
     assert depths(Layers()) == {"layers.0.attention": 0, "layers.0.mlp": 0, "layers.1.attention": 1, "layers.1.mlp": 1}
 
 
-@pytest.mark.xfail(strict=True, reason=UNCALLED)
 def test_blocks_that_lead_to_each_other_in_both_directions_share_a_depth():
     class Streams(nn.Module):
         """Two numbered blocks, each of which has a turn before and after the other."""

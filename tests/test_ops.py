@@ -223,6 +223,15 @@ def test_a_new_rate_is_written_into_the_same_tensor():
     assert drop.rate == 0.7
 
 
+def test_an_op_made_at_rate_zero_drops_once_its_rate_is_raised():
+    drop, branch = StochasticDepth(0.0), torch.ones(64, 1)
+    assert torch.equal(drop(branch), branch)
+    drop.set_drop_rate(1.0)
+    assert torch.equal(drop(branch), torch.zeros(64, 1))
+    drop.set_drop_rate(0.5)
+    assert 0 < int(drop(branch).sum()) < 64
+
+
 def test_the_repr_says_what_the_op_stands_for():
     drop = StochasticDepth(0.12345678, "block", "train", site="layer1.0", module="layer1.0", depth=3, kind="projection")
     assert repr(drop) == "StochasticDepth(0.1235, 'block', 'train', site='layer1.0', depth=3, kind='projection')"

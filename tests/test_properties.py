@@ -25,7 +25,7 @@ from fxsd.dominators import Dominators
 from fxsd.rates import NAMED
 
 WIDTH = 3
-quick = settings(derandomize=True, deadline=None, max_examples=40, database=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(derandomize=True, deadline=None, max_examples=30, database=None, suppress_health_check=[HealthCheck.too_slow])
 
 Spec: TypeAlias = "tuple[Any, ...]"
 

@@ -151,7 +151,6 @@ def test_include_takes_a_long_skip():
     assert [site.module for site in found.sites] == ["0.body.0", "0.body.1", "0"]
 
 
-@pytest.mark.xfail(strict=True, reason="include does not reach adds inside the branch of another site")
 def test_include_takes_a_block_inside_a_branch():
     model = nn.Sequential(Outer())
     assert [site.module for site in fxsd.analyze(model).sites] == ["0"]
