@@ -393,7 +393,7 @@ def test_an_optional_argument_keeps_its_default_and_refuses_others():
     x = torch.randn(2, 8)
     assert torch.equal(gm(x), model(x))
     assert torch.equal(gm(x, None, scale=1.0), model(x))
-    with pytest.raises(fxsd.FxsdError, match="captured with mask=None.*example_inputs with mask"):
+    with pytest.raises(fxsd.FxsdError, match=r"captured with mask=None.*example_inputs with mask"):
         gm(x, torch.ones(8))
     with pytest.raises(fxsd.FxsdError, match=r"captured with scale=1\.0"):
         gm(x, scale=2.0)

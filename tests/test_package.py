@@ -15,7 +15,9 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_all_is_exactly_the_public_surface():
-    public = {name for name, value in vars(fxsd).items() if not name.startswith("_") and getattr(value, "__module__", "").startswith("fxsd")}
+    public = {
+        name for name, value in vars(fxsd).items() if not name.startswith("_") and getattr(value, "__module__", "").startswith("fxsd")
+    }
     assert public == set(fxsd.__all__)
 
 
