@@ -47,8 +47,8 @@ SITES = {
 
 QUICK = [
     "resnet50", "resnet18", "resnet152", "wide_resnet50_2", "regnet_y_400mf", "mobilenet_v2", "mobilenet_v3_large", "mnasnet1_0",
-    "vit_b_16", "convnext_tiny", "swin_t", "efficientnet_b0", "densenet121", "vgg11", "alexnet", "googlenet", "inception_v3", "shufflenet_v2_x0_5",
-    "squeezenet1_0", "deeplabv3_resnet50", "mvit_v1_b", "swin3d_t",
+    "vit_b_16", "convnext_tiny", "swin_t", "efficientnet_b0", "densenet121", "vgg11", "alexnet", "googlenet", "inception_v3",
+    "shufflenet_v2_x0_5", "squeezenet1_0", "deeplabv3_resnet50", "mvit_v1_b", "swin3d_t",
 ]  # fmt: skip
 
 TIMM = {
