@@ -171,6 +171,7 @@ class _Planned:
     eval_residuals: dict[str, Residual]
     rejected: tuple[RejectedAdd, ...]
     notes: tuple[str, ...]
+    kept: tuple[str, ...]  # stochastic depth that existing="keep" leaves at its site
 
 
 def _plan(model: nn.Module, options: Options) -> _Planned:
@@ -203,7 +204,8 @@ def _plan(model: nn.Module, options: Options) -> _Planned:
         eval_residuals = {name: r for name, r in zip(_site_names(others), others, strict=True) if name in planned}
     order = {node: i for i, node in enumerate(captured.graph.nodes)}
     rejected = tuple(sorted((*found.rejected, *left), key=lambda r: order[r.add]))
-    return _Planned(captured, plans, eval_residuals, rejected, _notes(captured, taken, options))
+    kept = tuple(str(r.existing.target) for r in taken if r.existing and options.existing == "keep")
+    return _Planned(captured, plans, eval_residuals, rejected, _notes(captured, taken, kept), kept)
 
 
 def _select(model: nn.Module, found: Found, options: Options, check: bool = True) -> tuple[list[Residual], list[RejectedAdd]]:
@@ -249,7 +251,7 @@ def _site_names(residuals: Sequence[Residual]) -> list[str]:
     return names
 
 
-def _notes(captured: Captured, taken: Sequence[Residual], options: Options) -> tuple[str, ...]:
+def _notes(captured: Captured, taken: Sequence[Residual], kept: Sequence[str]) -> tuple[str, ...]:
     notes = [f"kept as a call: {why}" for why in captured.opaque.values()]
     at_sites = {str(r.existing.target) for r in taken if r.existing}
     elsewhere = sorted(captured.drop_paths - at_sites)
@@ -257,12 +259,14 @@ def _notes(captured: Captured, taken: Sequence[Residual], options: Options) -> t
         notes.append(
             f"stochastic depth with no residual add behind it, or at an add that was not taken, stays as it is: {_some(elsewhere)}"
         )
-    if options.existing == "keep" and at_sites:
-        notes.append(f"sites that keep the stochastic depth they have: {_some(sorted(at_sites))}")
+    if kept:
+        notes.append(f"sites that keep the stochastic depth they have: {_some(kept)}")
     return tuple(notes)
 
 
 def _no_sites(planned: _Planned) -> str:
+    if planned.kept:
+        return f"existing='keep', and every residual add has stochastic depth of its own: {_some(planned.kept)}. Nothing is left to do."
     reasons = Counter(rejected.reason for rejected in planned.rejected)
     text = f"{type(planned.captured.model).__name__} has no residual add to drop the branch of."
     if reasons:

@@ -147,7 +147,25 @@ class _Finder:
 
     def _projection(self, add: fx.Node, a: fx.Node, b: fx.Node) -> Residual | None:
         found = self._smaller_side(add, a, b)
-        return found if found and self._is_light(found.shortcut, found.fork) else None
+        if found and self._is_light(found.shortcut, found.fork):
+            return found
+        return self._conditioned(add, a, b) or self._conditioned(add, b, a)
+
+    def _conditioned(self, add: fx.Node, shortcut: fx.Node, branch: fx.Node) -> Residual | None:
+        """A projection block whose branch takes a second input besides the fork, such as a time embedding.
+
+        Not everything behind the branch comes from one node then; that one numbered module executes it all says that it is a block.
+        """
+        chain: list[fx.Node] = []
+        for node in self._chain(shortcut, _CHAIN | _LIGHT | {Kind.LINEAR}):
+            if chain and self.reach.is_ancestor(node, branch):
+                region = self.reach.region(node, branch)
+                heavier = self._weight(node, branch) > self._weight(node, shortcut)
+                if heavier and self._is_light(shortcut, node) and self._is_block(add, [*chain, *region]):
+                    return self._residual(add, branch, shortcut, node, "projection")
+                return None
+            chain.append(node)
+        return None
 
     def _smaller_side(self, add: fx.Node, a: fx.Node, b: fx.Node) -> Residual | None:
         """Of two sides that fork from one node, the one with less work is the shortcut."""
@@ -213,14 +231,15 @@ class _Finder:
             beside = {self.kinds[node] for node in self.reach.region(candidate.fork, candidate.shortcut)}
             if Kind.RESIZE in inside - beside:
                 return _MERGE
-        elif Kind.RESIZE in inside and not (_NUMBERED.search(owner(candidate.add)) and self._all_inside(candidate.add, region)):
+        elif Kind.RESIZE in inside and not self._is_block(candidate.add, region):
             return _MERGE
         return None
 
-    def _all_inside(self, add: fx.Node, region: list[fx.Node]) -> bool:
-        """Does the module call that executes `add` execute all of `region`? A block does; a decoder gets its skip from outside."""
+    def _is_block(self, add: fx.Node, nodes: list[fx.Node]) -> bool:
+        """Does the call of one numbered module execute `add` and all of `nodes`? A decoder gets its skip from outside."""
         here = call(add)
-        return all(here in (node.meta.get("nn_module_stack") or {"": None}) for node in region)
+        inside = all(here in node.meta.get("nn_module_stack", ()) for node in nodes)
+        return inside and bool(_NUMBERED.search(owner(add)))
 
     def _nested(self, outer: Residual) -> str | None:
         """Residual adds inside the branch: in series they make the outer add a long skip, elsewhere they are its internals."""

@@ -127,6 +127,21 @@ def kinds(graph: fx.Graph, module: Callable[[str], nn.Module], drop_paths: Set[s
     return found
 
 
+def is_size(node: fx.Node) -> bool:
+    """Is `node` a size, a flag, or arithmetic on these: a Python value and no tensor?"""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        name = op_name(current)
+        if name in _SHAPES or (current.op == "get_attr" and name.endswith("training")):
+            continue
+        if current.op != "call_function" or name in _FACTORIES or not current.all_input_nodes:
+            return False
+        pending.extend(arg for arg in current.all_input_nodes if arg not in seen)
+        seen.update(current.all_input_nodes)
+    return True
+
+
 def is_activation(kind: Kind) -> bool:
     return kind not in (Kind.CONSTANT, Kind.SHAPE)
 

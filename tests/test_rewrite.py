@@ -43,11 +43,6 @@ import fxsd
 from fxsd.ops import StochasticDepth
 
 WITH_SITES = [pytest.param(c, id=c.name) for c in CASES if c.sites and not c.known_failure]
-ALIASED = [
-    pytest.param(c, id=c.name, marks=pytest.mark.xfail(strict=True, reason=c.known_failure))
-    for c in CASES
-    if c.name == "AugmentedBranchReadLater"
-]
 HALF = {"drop_rate": 0.5, "drop_distribution": "uniform"}
 
 
@@ -81,7 +76,7 @@ def test_the_rewritten_model_is_the_hand_written_one(case: Case, method: str, sc
         assert_equal(outputs(gm.eval(), inputs), outputs(hand.eval(), inputs))
 
 
-@pytest.mark.parametrize("case", [*WITH_SITES, *ALIASED])
+@pytest.mark.parametrize("case", WITH_SITES)
 def test_at_rate_zero_training_is_the_original_bit_for_bit(case: Case):
     model, gm = pair(case, drop_rate=0.0)
     for training in (True, False):

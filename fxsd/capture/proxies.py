@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import builtins
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import fx
+
+from fxsd.values import is_size
 
 if TYPE_CHECKING:
     from fxsd.capture.tracer import Tracer
@@ -67,6 +70,23 @@ class Value(fx.Proxy):
     def _become(self, written: Value) -> None:
         """After a write in place, this name means what was written, so that the graph shows who depends on it."""
         self.node = written.node
+
+
+def _in_place(operation: Callable[..., Any]) -> Callable[[Value, Any], Any]:
+    """`y += x` writes into a tensor, under every name that it has, and gives a number a new value under this name alone."""
+
+    def write(self: Value, other: Any) -> Any:
+        result = self._call(operation, other)
+        if is_size(self.node):
+            return result
+        self._become(result)
+        return self
+
+    return write
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift"):
+    setattr(Value, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
 class Attribute(Value):
