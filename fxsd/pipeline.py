@@ -14,15 +14,13 @@ from fxsd import residual
 from fxsd.capture import Captured, capture
 from fxsd.depth import depths
 from fxsd.errors import FxsdError
-from fxsd.ops import METHODS, SCALINGS
-from fxsd.rates import Distribution, check_distribution, check_rate, weights
+from fxsd.options import Names, Options
+from fxsd.rates import Distribution, weights
 from fxsd.report import Analysis, stage
 from fxsd.residual import Found, RejectedAdd, Residual
 from fxsd.rewrite import Plan, rewrite
 from fxsd.site import ResidualSite
 from fxsd.values import kinds
-
-Names = str | Sequence[str] | None
 
 
 def transform(
@@ -83,10 +81,21 @@ def transform(
         >>> gm.eval()(torch.zeros(1, 3, 64, 64)).shape
         torch.Size([1, 1000])
     """
-    options = Options(
-        drop_rate, drop_distribution, stochastic_method, target_layer_name, include, exclude, scaling, compute, depth_by, existing,
-        example_inputs, subset_batch_norm, sync_ranks,
-    )  # fmt: skip
+    options = Options.of(
+        drop_rate=drop_rate,
+        drop_distribution=drop_distribution,
+        stochastic_method=stochastic_method,
+        target_layer_name=target_layer_name,
+        include=include,
+        exclude=exclude,
+        scaling=scaling,
+        compute=compute,
+        depth_by=depth_by,
+        existing=existing,
+        example_inputs=example_inputs,
+        subset_batch_norm=subset_batch_norm,
+        sync_ranks=sync_ranks,
+    )
     with stage(f"transforming {type(model).__name__}"):
         planned = _plan(model, options)
         if not planned.plans:
@@ -113,7 +122,7 @@ def analyze(model: nn.Module, drop_rate: float = 0.1, **options: Any) -> Analysi
         >>> len(found.sites), found.rejected[0].reason
         (24, 'encoder_pos_embedding is a parameter or a constant, not the output of a branch')
     """
-    checked = Options(drop_rate, **options)
+    checked = Options.of(drop_rate=drop_rate, **options)
     with stage(f"analyzing {type(model).__name__}"):
         planned = _plan(model, checked)
     found = tuple(
@@ -122,46 +131,6 @@ def analyze(model: nn.Module, drop_rate: float = 0.1, **options: Any) -> Analysi
         for r in (p.residual,)
     )
     return Analysis(type(model).__name__, found, planned.rejected, planned.notes)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `transform`, checked."""
-
-    drop_rate: float = 0.1
-    drop_distribution: Distribution = "linear"
-    stochastic_method: str = "sample"
-    target_layer_name: Names = None
-    include: Names = None
-    exclude: Names = None
-    scaling: str = "inference"
-    compute: str = "mask"
-    depth_by: str = "block"
-    existing: str = "replace"
-    example_inputs: Any = None
-    subset_batch_norm: bool = False
-    sync_ranks: bool = False
-
-    def __post_init__(self) -> None:
-        check_rate("drop_rate", self.drop_rate)
-        check_distribution(self.drop_distribution)
-        for name, legal in (
-            ("stochastic_method", METHODS),
-            ("scaling", SCALINGS),
-            ("compute", ("mask", "skip", "auto")),
-            ("depth_by", ("block", "add")),
-            ("existing", ("replace", "keep", "error")),
-        ):
-            value = getattr(self, name)
-            if value not in legal:
-                raise FxsdError(f"{name} must be one of {', '.join(map(repr, legal))}, but got {value!r}.")
-        for name in ("target_layer_name", "include", "exclude"):
-            _names(name, getattr(self, name))
-        if self.compute != "mask":
-            raise FxsdError(f"compute must be 'mask' in this version, which does not skip branches yet, but got {self.compute!r}.")
-        for name in ("subset_batch_norm", "sync_ranks"):
-            if getattr(self, name) is not False:
-                raise FxsdError(f"{name} must be False in this version, but got {getattr(self, name)!r}.")
 
 
 @dataclass(frozen=True)
@@ -175,11 +144,9 @@ class _Planned:
 
 
 def _plan(model: nn.Module, options: Options) -> _Planned:
-    include = _names("include", options.include)
-
     def find(captured: Captured, graph: fx.Graph) -> Found:
         found_kinds = kinds(graph, captured.model.get_submodule, captured.drop_paths)
-        return residual.find(graph, found_kinds, lambda module: _matches(module, include))
+        return residual.find(graph, found_kinds, lambda module: _matches(module, options.include))
 
     captured = capture(model, options.example_inputs, lambda c: {r.module for r in find(c, c.graph).residuals})
     if options.existing == "error" and captured.drop_paths:
@@ -210,9 +177,9 @@ def _plan(model: nn.Module, options: Options) -> _Planned:
 
 def _select(model: nn.Module, found: Found, options: Options, check: bool = True) -> tuple[list[Residual], list[RejectedAdd]]:
     """Splits the residual adds into those that the user wants and those that he does not."""
-    targets, exclude = _names("target_layer_name", options.target_layer_name), _names("exclude", options.exclude)
+    targets = options.target_layer_name
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
-    for argument, globs in (("include", _names("include", options.include)), ("exclude", exclude)):
+    for argument, globs in (("include", options.include), ("exclude", options.exclude)):
         for glob in globs:
             if not any(fnmatchcase(path, glob) for path in classes):
                 raise FxsdError(
@@ -221,7 +188,7 @@ def _select(model: nn.Module, found: Found, options: Options, check: bool = True
                 )
     taken, left = [], []
     for r in found.residuals:
-        if _matches(r.module, exclude):
+        if _matches(r.module, options.exclude):
             left.append(RejectedAdd(r.add, r.module, "exclude names its module"))
         elif targets and not _matches(r.module, targets, classes):
             left.append(RejectedAdd(r.add, r.module, "target_layer_name names none of the modules around it"))
@@ -274,15 +241,6 @@ def _no_sites(planned: _Planned) -> str:
     if planned.notes:
         text += f" Also: {planned.notes[0]}"
     return text + " fxsd.analyze(model).print() shows all of them."
-
-
-def _names(argument: str, value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    listed = (value,) if isinstance(value, str) else value
-    if not isinstance(listed, Sequence) or not all(isinstance(name, str) for name in listed):
-        raise FxsdError(f"{argument} must be a string, a list of strings or None, but got {value!r}.")
-    return tuple(listed)
 
 
 def _ancestors(path: str) -> list[str]:

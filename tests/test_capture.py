@@ -372,6 +372,13 @@ def test_stochastic_depth_is_told_by_what_it_does(module: nn.Module, is_one: boo
         assert module.training == mode
 
 
+def test_keeping_all_the_stochastic_depth_there_is_leaves_nothing_to_do():
+    block = Residual(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), OwnDrop(0.1, True)))
+    with pytest.raises(fxsd.FxsdError, match=r"existing='keep'.*every residual add has.*branch\.2.*Nothing is left to do"):
+        fxsd.transform(block, existing="keep")
+    assert len(fxsd.sites(fxsd.transform(block, existing="replace"))) == 1
+
+
 # --- signatures -----------------------------------------------------------------------------------------------------------
 
 
@@ -397,6 +404,20 @@ def test_an_optional_argument_keeps_its_default_and_refuses_others():
         gm(x, torch.ones(8))
     with pytest.raises(fxsd.FxsdError, match=r"captured with scale=1\.0"):
         gm(x, scale=2.0)
+
+
+def test_a_default_that_is_a_tuple_is_checked_too():
+    class Sliced(Masked):
+        def forward(self, x: Tensor, columns: tuple[int, int] = (0, 4)) -> Tensor:
+            y = self.mlp(x)
+            return x + F.pad(y[:, columns[0] : columns[1]], (0, 4))
+
+    model = Sliced().eval()
+    gm = fxsd.transform(model, scaling="train")
+    x = torch.randn(2, 8)
+    assert torch.equal(gm(x, (0, 4)), model(x))
+    with pytest.raises(fxsd.FxsdError, match=r"captured with columns=\(0, 4\)"):
+        gm(x, (1, 5))
 
 
 @pytest.mark.parametrize("example", [(torch.ones(2, 8), torch.ones(8)), {"x": torch.ones(2, 8), "mask": torch.ones(8)}])

@@ -139,6 +139,25 @@ def test_what_is_written_into_a_tensor_is_part_of_the_branch():
     assert torch.equal(gm.train()(x), x)
 
 
+def counted(x: Tensor) -> Tensor:
+    rows = width = x.shape[1]
+    rows += 1
+    rows *= 2
+    y = z = x.new_ones(1, 6)
+    y += width
+    y *= rows
+    return y - z + width  # one tensor under two names; two numbers
+
+
+def test_in_place_operators_write_into_tensors_and_rename_numbers():
+    model = Curious(lambda x: 1 + counted(x)).eval()
+    x = torch.randn(2, 6)
+    for example in (None, (x,)):
+        gm = fxsd.transform(model, scaling="train", example_inputs=example)
+        assert torch.equal(gm(x), model(x))
+    assert torch.equal(counted(x), torch.full((1, 6), 6.0))
+
+
 class Output(OrderedDict):
     pass
 
@@ -207,7 +226,7 @@ def test_a_failed_attempt_leaves_nothing_for_the_next():
             self.part = Remembers()
 
         def forward(self, x: Tensor) -> Tensor:
-            return x + F.relu(self.part(x)) * (1 if self.part.size is None else 2)
+            return x + F.relu(self.part(x)) * (1 if self.part.size is None else self.part.size)
 
     model = Net().eval()
     x = torch.randn(3, 6)

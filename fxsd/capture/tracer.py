@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,26 +15,18 @@ from torch.nn.utils import parametrize
 from fxsd.capture.examples import Examples
 from fxsd.capture.guards import check_bound, check_decision
 from fxsd.capture.modes import Flag, live_training
+from fxsd.capture.patches import Untraceable, noticed_contexts, recorded_factories
 from fxsd.capture.proxies import Value, known_types
 from fxsd.capture.signature import bind
+from fxsd.capture.source import failing_line, this_line
 from fxsd.errors import CaptureError
 from fxsd.graphmodule import CONSTANTS
 
-# Called without any proxy these would run once, at trace time, and bake their values (and draws) into the graph.
-_FACTORIES = (
-    "arange", "bernoulli", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint", "randn", "randperm",
-    "tensor", "zeros",
-)  # fmt: skip
 # nn.Module subclasses whose own forward holds no sum of activations, or is not worth reading, are leaves; these hold residual adds.
 _COMPOSITES = (
     nn.Sequential, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer, nn.Transformer,
 )  # fmt: skip
-_CONTEXTS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class Untraceable(Exception):
-    """A part of the model that must not be recorded op by op."""
 
 
 class Tracer(fx.Tracer):
@@ -72,7 +63,7 @@ class Tracer(fx.Tracer):
         self._flags: dict[str, fx.Proxy] = {}
         self.examples: Examples | None = None
         self._decided: dict[tuple[fx.Node, type], Any] = {}
-        self._set_aside = False
+        self.set_aside = False
 
     def trace_model(self, root: nn.Module, example_inputs: Any) -> fx.Graph:
         """Traces `root`. The caller restores the model (see `snapshot`)."""
@@ -81,8 +72,8 @@ class Tracer(fx.Tracer):
         with ExitStack() as stack:
             self._read_flag: Callable[[nn.Module], Any] = lambda module: module.__dict__["training"]
             stack.enter_context(live_training(lambda module: self._read_flag(module)))
-            stack.enter_context(_recorded_factories(self))
-            stack.enter_context(_noticed_contexts(self))
+            stack.enter_context(recorded_factories(self))
+            stack.enter_context(noticed_contexts(self))
             if example_inputs is not None:
                 stack.enter_context(known_types(self))
             fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -135,7 +126,8 @@ class Tracer(fx.Tracer):
 
     @staticmethod
     def _recordable(value: Any) -> bool:
-        return value is None or isinstance(value, (bool, int, float, str))
+        leaves = torch.utils._pytree.tree_leaves(value)
+        return all(leaf is None or isinstance(leaf, (bool, int, float, str)) for leaf in leaves)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Value(node, self)
@@ -159,7 +151,7 @@ class Tracer(fx.Tracer):
         node = obj.node
         if (node, kind) not in self._decided:
             self._decided[node, kind] = kind(known)
-            self.create_node("call_function", check_decision, (node, self._decided[node, kind], _here()), {})
+            self.create_node("call_function", check_decision, (node, self._decided[node, kind], this_line()), {})
         return self._decided[node, kind]
 
     def known(self, obj: fx.Proxy) -> Any:
@@ -171,11 +163,11 @@ class Tracer(fx.Tracer):
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """Inside, calls reach torch and the model as if nothing were traced."""
-        before, self._set_aside = self._set_aside, True
+        before, self.set_aside = self.set_aside, True
         try:
             yield
         finally:
-            self._set_aside = before
+            self.set_aside = before
 
     # --- what is a leaf ---------------------------------------------------------------------------------------------
 
@@ -195,7 +187,7 @@ class Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _COMPOSITES)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._set_aside:
+        if self.set_aside:
             return forward(*args, **kwargs)
         path = self.submodule_paths.get(m) if self.submodule_paths else None
         if path is None:
@@ -246,7 +238,7 @@ class Tracer(fx.Tracer):
     # --- attributes and constants -----------------------------------------------------------------------------------
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        if self._set_aside:
+        if self.set_aside:
             return attr_val
         name = self._names.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
         if name is None:
@@ -273,7 +265,7 @@ class Tracer(fx.Tracer):
 
     def _flag(self, module: nn.Module) -> Any:
         path = self.submodule_paths.get(module) if self.submodule_paths else None
-        if path is None or self._set_aside:
+        if path is None or self.set_aside:
             return module.__dict__.get("training", True)
         if path not in self._flags:
             node = self.create_node("get_attr", f"{path}.training" if path else "training", (), {})
@@ -287,69 +279,8 @@ class Tracer(fx.Tracer):
 
     def _why(self, path: str, module: nn.Module, error: Exception) -> str:
         where = f"module {path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
-        frame = _last_user_frame(error)
-        line = f"{frame.filename}:{frame.lineno}, `{(frame.line or '').strip()}`" if frame else "its code"
         cause = (str(error).splitlines()[0] if str(error) else type(error).__name__).removesuffix(".")
         return (
-            f"{where} stopped tracing at {line}: {cause}. Pass example_inputs if the decision rests on shapes or on optional "
-            f"arguments; otherwise keep the module out of the forward, or write this line with tensor ops."
+            f"{where} stopped tracing at {failing_line(error)}: {cause}. Pass example_inputs if the decision rests on shapes or "
+            "on optional arguments; otherwise keep the module out of the forward, or write this line with tensor ops."
         )
-
-
-def _here() -> str:
-    """The line of the model's code that is being traced."""
-    frames = traceback.extract_stack()
-    frame = _users(frames)
-    return f"`{(frame.line or '').strip()}` ({frame.filename}:{frame.lineno})" if frame else "a decision"
-
-
-def _users(frames: traceback.StackSummary) -> traceback.FrameSummary | None:
-    inner = ("/torch/fx/", "/fxsd/capture/", "/torch/nn/modules/module.py", "/torch/_compile.py", "/torch/_dynamo/")
-    return next((frame for frame in reversed(frames) if not any(part in frame.filename for part in inner)), None)
-
-
-def _last_user_frame(error: Exception) -> traceback.FrameSummary | None:
-    return _users(traceback.extract_tb(error.__traceback__))
-
-
-@contextmanager
-def _recorded_factories(tracer: Tracer) -> Iterator[None]:
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
-
-    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-        def record(*args: Any, **kwargs: Any) -> Any:
-            if tracer._set_aside:
-                return function(*args, **kwargs)
-            return tracer.create_proxy("call_function", function, args, kwargs)
-
-        return record
-
-    for name, function in originals.items():
-        setattr(torch, name, recorded(function))
-    try:
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(torch, name, function)
-
-
-@contextmanager
-def _noticed_contexts(tracer: Tracer) -> Iterator[None]:
-    """`with torch.no_grad():` leaves no node, so the graph would lose it without a word."""
-    originals: Mapping[Any, Any] = {cls: cls.__enter__ for cls in _CONTEXTS}
-
-    def noticed(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def refuse(context: Any) -> Any:
-            if tracer._set_aside:
-                return enter(context)
-            raise Untraceable(f"it enters {type(context).__name__}, which a graph cannot hold.")
-
-        return refuse
-
-    for cls, enter in originals.items():
-        cls.__enter__ = noticed(enter)
-    try:
-        yield
-    finally:
-        for cls, enter in originals.items():
-            cls.__enter__ = enter

@@ -1,0 +1,67 @@
+"""The arguments of `transform` and `analyze`, and what is legal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from fxsd.errors import FxsdError
+from fxsd.ops import METHODS, SCALINGS
+from fxsd.rates import Distribution, check_distribution, check_rate
+
+Names: TypeAlias = "str | Sequence[str] | None"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `transform`, checked; names are tuples."""
+
+    drop_rate: float = 0.1
+    drop_distribution: Distribution = "linear"
+    stochastic_method: str = "sample"
+    target_layer_name: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    scaling: str = "inference"
+    compute: str = "mask"
+    depth_by: str = "block"
+    existing: str = "replace"
+    example_inputs: Any = None
+    subset_batch_norm: bool = False
+    sync_ranks: bool = False
+
+    @classmethod
+    def of(cls, **arguments: Any) -> Options:
+        """From the arguments as the user gave them: names may be one string, a list or None."""
+        for name in ("target_layer_name", "include", "exclude"):
+            arguments[name] = _names(name, arguments.get(name))
+        return cls(**arguments)
+
+    def __post_init__(self) -> None:
+        check_rate("drop_rate", self.drop_rate)
+        check_distribution(self.drop_distribution)
+        for name, legal in (
+            ("stochastic_method", METHODS),
+            ("scaling", SCALINGS),
+            ("compute", ("mask", "skip", "auto")),
+            ("depth_by", ("block", "add")),
+            ("existing", ("replace", "keep", "error")),
+        ):
+            value = getattr(self, name)
+            if value not in legal:
+                raise FxsdError(f"{name} must be one of {', '.join(map(repr, legal))}, but got {value!r}.")
+        if self.compute != "mask":
+            raise FxsdError(f"compute must be 'mask' in this version, which does not skip branches yet, but got {self.compute!r}.")
+        for name in ("subset_batch_norm", "sync_ranks"):
+            if getattr(self, name) is not False:
+                raise FxsdError(f"{name} must be False in this version, but got {getattr(self, name)!r}.")
+
+
+def _names(argument: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    listed = (value,) if isinstance(value, str) else value
+    if not isinstance(listed, Sequence) or not all(isinstance(name, str) for name in listed):
+        raise FxsdError(f"{argument} must be a string, a list of strings or None, but got {value!r}.")
+    return tuple(listed)
