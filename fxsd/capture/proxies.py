@@ -72,21 +72,22 @@ class Value(fx.Proxy):
         self.node = written.node
 
 
-def _in_place(operation: Callable[..., Any]) -> Callable[[Value, Any], Any]:
+def _in_place(name: str) -> Callable[[Value, Any], Any]:
     """`y += x` writes into a tensor, under every name that it has, and gives a number a new value under this name alone."""
+    plain = name.removeprefix("i")
+    anew, write = getattr(operator, f"{plain}_" if plain in ("and", "or") else plain), getattr(operator, name)
 
-    def write(self: Value, other: Any) -> Any:
-        result = self._call(operation, other)
+    def assign(self: Value, other: Any) -> Any:
         if is_size(self.node):
-            return result
-        self._become(result)
+            return self._call(anew, other)
+        self._become(self._call(write, other))
         return self
 
-    return write
+    return assign
 
 
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift"):
-    setattr(Value, f"__{_name}__", _in_place(getattr(operator, _name)))
+    setattr(Value, f"__{_name}__", _in_place(_name))
 
 
 class Attribute(Value):
