@@ -46,7 +46,7 @@ class Analysis:
 
     def _tables(self) -> RenderableType:
         depths = len({site.depth for site in self.sites})
-        table = Table(title=f"{self.model}: {len(self.sites)} sites, {depths} depths", title_justify="left")
+        table = Table(title=f"{self.model}: {_count(len(self.sites), 'site')}, {_count(depths, 'depth')}", title_justify="left")
         for column in ("site", "module"):
             table.add_column(column, overflow="fold")
         table.add_column("depth", justify="right")
@@ -57,7 +57,7 @@ class Analysis:
             table.add_row(site.name, site.module, str(site.depth), site.kind, f"{site.drop_rate:.4g}", site.compute)
         parts: list[RenderableType] = [table]
         if self.rejected:
-            other = Table(title=f"{len(self.rejected)} adds that are no sites", title_justify="left")
+            other = Table(title=f"{_count(len(self.rejected), 'add')} rejected", title_justify="left")
             for column in ("add", "module", "reason"):
                 other.add_column(column, overflow="fold")
             for rejected in self.rejected:
@@ -65,6 +65,10 @@ class Analysis:
             parts.append(other)
         parts.extend(Text(note) for note in self.notes)
         return Group(*parts)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 @contextmanager

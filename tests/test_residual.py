@@ -162,7 +162,7 @@ def test_the_printed_analysis_names_sites_and_reasons():
     assert "2 sites, 2 depths" in text
     assert "0.body.1" in text
     assert "0.25" in text
-    assert "1 adds that are no sites" in text
+    assert "1 add rejected" in text
 
 
 class Conditioned(nn.Module):

@@ -27,10 +27,11 @@ def page(title: str, svg: str, view: View, sites: Sequence[ResidualSite], reject
     boxes = {node: node_id(box) for box in view.boxes for node in box.nodes}
     top = max((site.drop_rate for site in sites), default=0.0)
     picture = svg[svg.index("<svg") :]
+    plural = "" if len(rejected) == 1 else "s"
     parts = [
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1><p>{len(sites)} sites, {len(rejected)} rejected adds, {len(view.boxes)} boxes.</p>",
+        f"<h1>{escape(title)}</h1><p>{len(sites)} sites, {len(rejected)} rejected add{plural}, {len(view.boxes)} boxes.</p>",
         '<section><input type="checkbox" id="fit" checked><label for="fit"> fit to the width of the page</label>',
         f'<div class="picture">{picture}</div></section>',
         "<h2>Sites</h2>",

@@ -48,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"visualize: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - began
+    plural = "" if len(drawn.rejected) == 1 else "s"
     sites = f"{len(drawn.sites)} sites" if drawn.sites else "no sites"
-    print(f"{target}: {sites}, {len(drawn.rejected)} rejected adds, {seconds:.1f} s")
+    print(f"{target}: {sites}, {len(drawn.rejected)} rejected add{plural}, {seconds:.1f} s")
     return 0
 
 
