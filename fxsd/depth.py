@@ -51,7 +51,7 @@ def depths(graph: fx.Graph, residuals: Sequence[Residual], depth_by: str = "bloc
 
 def _blocks(residuals: Sequence[Residual]) -> list[str]:
     # A number that is around every site tells none of them apart: Sequential(normalize, model).
-    around = [set(_prefixes(r.module)) for r in residuals]
+    around = [set(prefixes(r.module)) for r in residuals]
     common = set.intersection(*around) if len(around) > 1 else set()
     return [_block(residual, common) for residual in residuals]
 
@@ -59,14 +59,14 @@ def _blocks(residuals: Sequence[Residual]) -> list[str]:
 def _block(residual: Residual, common: set[str]) -> str:
     called = _calls(residual)
     for pattern in (_NUMBER, _NUMBERED):
-        for path in reversed(_prefixes(residual.module)):
+        for path in reversed(prefixes(residual.module)):
             if pattern.search(path) and path not in common:
                 # A module that runs twice is a block each time. A mere container counts with the module that runs around it.
-                return next((f"{path} in {called[around]}" for around in reversed(_prefixes(path)) if around in called), path)
+                return next((f"{path} in {called[around]}" for around in reversed(prefixes(path)) if around in called), path)
     return f"{called.get(residual.module, residual.module)}:{residual.add.name}"
 
 
-def _prefixes(path: str) -> list[str]:
+def prefixes(path: str) -> list[str]:
     """The paths of the modules around and including `path`, outermost first, without the root."""
     parts = path.split(".") if path else []
     return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from fxsd import residual
 from fxsd.capture import Captured, capture
-from fxsd.depth import depths
+from fxsd.depth import depths, prefixes
 from fxsd.errors import FxsdError
 from fxsd.options import Names, Options
 from fxsd.rates import Distribution, weights
@@ -196,7 +196,7 @@ def _select(model: nn.Module, found: Found, options: Options, check: bool = True
             taken.append(r)
     idle = [name for name in targets if not any(_matches(r.module, [name], classes) for r in found.residuals)]
     if check and idle and found.residuals:
-        around = {classes[path] for r in found.residuals for path in _ancestors(r.module) if path in classes}
+        around = {classes[path] for r in found.residuals for path in ["", *prefixes(r.module)] if path in classes}
         raise FxsdError(
             f"target_layer_name must name a class or a module path around a residual add, but got {idle[0]!r}, which names none. "
             f"Classes around them are {_some(sorted(around))}."
@@ -243,14 +243,9 @@ def _no_sites(planned: _Planned) -> str:
     return text + " fxsd.analyze(model).print() shows all of them."
 
 
-def _ancestors(path: str) -> list[str]:
-    parts = path.split(".") if path else []
-    return ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
-
-
 def _matches(path: str, names: Sequence[str], classes: dict[str, str] | None = None) -> bool:
     """Does a name match `path` or a module around it, as a glob or, where `classes` is given, as a class name?"""
-    around = _ancestors(path)
+    around = ["", *prefixes(path)]
     return any(
         (classes is not None and classes.get(part) == name) or (part and fnmatchcase(part, name)) for name in names for part in around
     )

@@ -304,6 +304,47 @@ def test_a_model_that_is_two_programs_stays_two():
     assert torch.equal(gm(x), model.eval()(x))
 
 
+class WithAuxAndTable(WithAux):
+    """Two programs; training alone uses a tensor that is no attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = [torch.rand(2)]
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        found = super().forward(x)
+        return (found[0] * self.tables[0], found[1]) if self.training else found
+
+
+def test_a_constant_that_only_training_uses_is_kept():
+    model = WithAuxAndTable()
+    gm = fxsd.transform(model, 1.0, drop_distribution="uniform")
+    x = torch.rand(2, 8)
+    assert torch.equal(gm(x)[0], model.head(x) * model.tables[0])
+    assert torch.equal(gm.eval()(x), model.head(x))
+
+
+class Remembers(WithAux):
+    """Two programs, a part that must be a leaf, and a value kept on the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.seen = PickyAttention(), None
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.seen is None:
+            self.seen = x.mean()
+        return super().forward(self.attention(x) * self.seen)
+
+
+def test_each_trace_starts_from_the_model_as_it_was():
+    model = Remembers()
+    gm = fxsd.transform(model, 1.0, drop_distribution="uniform").eval()
+    x = torch.rand(2, 5, 8)
+    assert torch.equal(gm(x), model.head(model.eval().attention(x) * x.mean()))
+    assert model.seen is None
+
+
 @pytest.mark.filterwarnings("ignore:The default weight initialization")
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_auxiliary_heads_of_torchvision_are_live(name: str):

@@ -56,6 +56,7 @@ def capture(model: nn.Module, example_inputs: Any, owners_of_sites: Callable[[Ca
         def trace(leaves: frozenset[str], training: bool) -> Tracer:
             tracer = Tracer(leaves, training, hidden_residual_adds, constants, snapshot.restore)
             tracer.trace_model(model, example_inputs)
+            snapshot.restore(model)  # the next trace must not see the values of this one
             return tracer
 
         constants: dict[str, torch.Tensor] = {}
@@ -64,9 +65,9 @@ def capture(model: nn.Module, example_inputs: Any, owners_of_sites: Callable[[Ca
             held = owners_of_sites(Captured(model, train.graph, None, known))
             whole = frozenset(p for p in train.branched if p and not any(_within(owner, p) for owner in held))
             leaves = known | whole
-            constants.clear()
-            snapshot.restore(model)
-            train = trace(leaves, True) if whole else train
+            if whole:
+                constants.clear()
+                train = trace(leaves, True)
             evaluated = trace(leaves, False) if train.branched else train
             if str(evaluated.graph) != str(train.graph):
                 opaque = train.opaque | evaluated.opaque
