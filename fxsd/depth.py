@@ -7,37 +7,79 @@ depth. Depth follows the data: the longest path of blocks that lead to this one.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import networkx as nx
 from torch import fx
 
 from fxsd.residual import Residual
 
+Inside: TypeAlias = "Mapping[fx.Node, Sequence[fx.Graph]]"
+NOTHING: Inside = {}
+
 _NUMBER = re.compile(r"(^|\.)\d+$")
 _NUMBERED = re.compile(r"\d$")  # encoder_layer_0, block1-0
 
 
-def depths(graph: fx.Graph, residuals: Sequence[Residual], depth_by: str = "block") -> list[int]:
+def execution_order(graphs: Sequence[fx.Graph], inside: Inside) -> list[fx.Node]:
+    """The nodes of all graphs as they run: those of a graph that a node calls stand before it.
+
+    Args:
+        graphs: in the order in which they run.
+        inside: the nodes that call other graphs.
+    """
+    order: list[fx.Node] = []
+    done: set[fx.Graph] = set()
+
+    def walk(graph: fx.Graph) -> None:
+        if graph not in done:
+            done.add(graph)
+            for node in graph.nodes:
+                for inner in inside.get(node, ()):
+                    walk(inner)
+                order.append(node)
+
+    for graph in graphs:
+        walk(graph)
+    return order
+
+
+def depths(graphs: Sequence[fx.Graph], residuals: Sequence[Residual], depth_by: str = "block", inside: Inside = NOTHING) -> list[int]:
     """The depth of each residual add, from 0.
 
     Args:
-        graph: the graph that holds them.
-        residuals: in graph order.
+        graphs: the graphs that hold them, in the order in which they run.
+        residuals: in order.
         depth_by: `"block"` or `"add"`, where every add is a block of its own.
+        inside: the nodes that call other graphs.
     """
     blocks = _blocks(residuals) if depth_by == "block" else [r.add.name for r in residuals]
     block_of = {residual.add: block for residual, block in zip(residuals, blocks, strict=True)}
     order = nx.DiGraph()
     order.add_nodes_from(blocks)
     latest: dict[fx.Node, frozenset[str]] = {}  # the blocks that a value comes from, with none between
-    for node in graph.nodes:
-        before = frozenset().union(*(latest[arg] for arg in node.all_input_nodes))
-        if node in block_of:
-            block = block_of[node]
-            order.add_edges_from((other, block) for other in before if other != block)
-            before = frozenset([block])
-        latest[node] = before
+    ends: dict[fx.Graph, frozenset[str]] = {}  # the same of what a graph returns
+
+    def walk(graph: fx.Graph, start: frozenset[str]) -> frozenset[str]:
+        if graph in ends:  # called again
+            return start | ends[graph]
+        before = start
+        for node in graph.nodes:
+            before = start if node.op == "placeholder" else frozenset().union(*(latest[arg] for arg in node.all_input_nodes))
+            for inner in inside.get(node, ()):
+                before = walk(inner, before)
+            if node in block_of:
+                block = block_of[node]
+                order.add_edges_from((other, block) for other in before if other != block)
+                before = frozenset([block])
+            latest[node] = before
+        ends[graph] = before  # of the output, which comes last
+        return before
+
+    end: frozenset[str] = frozenset()
+    for graph in graphs:
+        end = walk(graph, end)
     # Blocks that lead to each other in both directions, as interleaved streams do, share a depth.
     groups = nx.condensation(order)
     depth = {

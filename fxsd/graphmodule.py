@@ -8,9 +8,13 @@ tree and pickles the graph itself.
 from __future__ import annotations
 
 import copy
+import operator
+import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, cast
+from importlib import import_module
+from types import MappingProxyType, MethodType
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx, nn
@@ -22,17 +26,19 @@ META = "fxsd"  # the key of fxsd's own entries in node.meta
 CONSTANTS = "fxsd_constants"  # the module that holds tensors made while tracing
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
+_REGISTERED = {*_HOOKS, "_modules", "_parameters", "_buffers"}
 _GENERATED = {"_graph", "_code", "_lineno_map", "_prologue_start", "eval_graph"}
 
 
 class StochasticGraphModule(fx.GraphModule):
-    """An `fx.GraphModule` with live train and eval modes. Made by `fxsd.transform`.
+    """An `fx.GraphModule` with live train and eval modes, which is an instance of the original model's class too. Made by `fxsd.transform`.
 
     `graph` is what runs; where training and evaluation are different programs, `graph` is the training one and
     `eval_graph` the other, else `eval_graph` is None.
     """
 
     eval_graph: fx.Graph | None
+    original_class: ClassVar[type[nn.Module]] = nn.Module  # of the model that was transformed
 
     def recompile(self) -> Any:
         code = super().recompile()
@@ -49,29 +55,38 @@ class StochasticGraphModule(fx.GraphModule):
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StochasticGraphModule:
-        memo[id(self)] = gm = _empty()
+        memo[id(self)] = gm = _empty(type(self))
         eval_graph = None if self.eval_graph is None else copy_graph(self.eval_graph)
-        return _fill(gm, copy.deepcopy(self._state(), memo), copy_graph(self.graph), eval_graph, type(self).__name__)
+        return _fill(gm, copy.deepcopy(self._state(), memo), copy_graph(self.graph), eval_graph)
 
     def __copy__(self) -> StochasticGraphModule:
-        return _fill(_empty(), self._state(), self.graph, self.eval_graph, type(self).__name__)
+        return _fill(_empty(type(self)), self._state(), self.graph, self.eval_graph)
 
     def __reduce__(self) -> tuple[Any, ...]:
         eval_rows = None if self.eval_graph is None else _dump(self.eval_graph)
-        return _load, (self._state(), _dump(self.graph), eval_rows, type(self).__name__)
+        return _load, (self._state(), _dump(self.graph), eval_rows, self.original_class)
 
     def _state(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in _GENERATED}
 
 
-def shallow_tree(model: nn.Module, graphs: Sequence[fx.Graph], constants: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A copy of `model`'s module tree to build a GraphModule around: same keys, order, classes and plain attributes.
+def shallow_tree(
+    module: nn.Module,
+    graphs: Sequence[fx.Graph],
+    constants: Mapping[str, torch.Tensor],
+    replaced: Mapping[nn.Module, nn.Module] = MappingProxyType({}),
+) -> nn.Module:
+    """A copy of a module tree to build a GraphModule around: same keys, order, classes and plain attributes.
 
-    Modules that the graphs call are shared with `model`; those between are shallow copies, so that what is added to them
-    stays out of `model`, while parameters and buffers are the same objects.
+    Args:
+        module: the root of the tree.
+        graphs: what will run in place of its code. Modules that they call are shared with it; those between are shallow copies, so that
+            what is added to them stays out of `module`, while parameters and buffers are the same objects.
+        constants: tensors that the graphs need besides.
+        replaced: modules inside that others stand for from now on.
     """
-    called = {model.get_submodule(str(node.target)) for graph in graphs for node in graph.nodes if node.op == "call_module"}
-    root = _copy_tree(model, called, {})
+    called = {module.get_submodule(str(node.target)) for graph in graphs for node in graph.nodes if node.op == "call_module"}
+    root = _Tree(module, called, replaced).root
     if constants:
         holder = nn.Module()
         for name, tensor in constants.items():
@@ -80,12 +95,17 @@ def shallow_tree(model: nn.Module, graphs: Sequence[fx.Graph], constants: Mappin
     return root
 
 
+def replace_inside(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """`module` with other modules in place of some inside it: a copy of itself and of the modules around those, which runs its own code."""
+    return _Tree(module, {module}, replaced).root
+
+
 def build(root: nn.Module, graph: fx.Graph, eval_graph: fx.Graph | None = None) -> StochasticGraphModule:
     """The GraphModule over a tree of its own. Plain attributes of the root carry over, but for names that a GraphModule needs itself."""
     taken = set(dir(fx.GraphModule)) - set(dir(nn.Module)) | _GENERATED
     own = vars(fx.GraphModule(nn.Module(), fx.Graph()))
     state = {k: v for k, v in (own | root.__dict__).items() if k not in taken}
-    return _fill(_empty(), state, graph, eval_graph, type(root).__name__)
+    return _fill(_empty(type(root)), state, graph, eval_graph)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -101,32 +121,71 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return new
 
 
-def _copy_tree(module: nn.Module, shared: Set[nn.Module], memo: dict[nn.Module, nn.Module]) -> nn.Module:
-    if isinstance(module, StochasticDepth):
-        return copy.deepcopy(module, {})  # the rates of two transformed models move apart
-    if module in shared:
-        return module
-    if module not in memo:
-        memo[module] = new = object.__new__(type(module))
-        new.__dict__.update(module.__dict__)
-        for hooks in _HOOKS:
-            new.__dict__[hooks] = copy.copy(module.__dict__[hooks]) if hooks in module.__dict__ else {}
-        new.__dict__["_modules"] = {
-            name: child if child is None else _copy_tree(child, shared, memo) for name, child in module._modules.items()
-        }
-    return memo[module]
+class _Tree:
+    """Copies the modules of a tree from the root down to those in `called`, and below these only the ones around replaced modules."""
+
+    def __init__(self, module: nn.Module, called: Set[nn.Module], replaced: Mapping[nn.Module, nn.Module]) -> None:
+        self._called, self._replaced = called, replaced
+        self._copies: dict[nn.Module, nn.Module] = {}
+        self.root = self._copy(module, True)
+        if replaced:
+            for copied in self._copies.values():
+                copied.__dict__.update({k: self._moved(v) for k, v in copied.__dict__.items() if k not in _REGISTERED})
+
+    def _copy(self, module: nn.Module, opened: bool) -> nn.Module:
+        if module in self._replaced:
+            return self._replaced[module]
+        if isinstance(module, StochasticDepth):
+            return copy.deepcopy(module, {})  # the rates of two transformed models move apart
+        opened = opened and module not in self._called
+        if not opened and not (self._replaced and any(inner in self._replaced for inner in module.modules())):
+            return module
+        if module not in self._copies:
+            self._copies[module] = new = object.__new__(type(module))
+            new.__dict__.update(module.__dict__)
+            for hooks in _HOOKS:
+                new.__dict__[hooks] = copy.copy(module.__dict__[hooks]) if hooks in module.__dict__ else {}
+            new.__dict__["_modules"] = {
+                name: child if child is None else self._copy(child, opened) for name, child in module._modules.items()
+            }
+        return self._copies[module]
+
+    def _moved(self, value: Any) -> Any:
+        """A plain attribute that refers to a module of the tree: to the one that stands for it."""
+        if isinstance(value, nn.Module):
+            return self._replaced.get(value, self._copies.get(value, value))
+        if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+            return MethodType(value.__func__, self._moved(value.__self__))
+        if type(value) in (list, tuple):
+            moved = [self._moved(item) for item in value]
+            return value if all(map(operator.is_, moved, value)) else type(value)(moved)
+        if type(value) is dict:
+            moved_values = {k: self._moved(item) for k, item in value.items()}
+            return value if all(map(operator.is_, moved_values.values(), value.values())) else moved_values
+        return value
 
 
-def _empty() -> StochasticGraphModule:
-    return cast(StochasticGraphModule, StochasticGraphModule.__new__(StochasticGraphModule))
+def _empty(original: type[nn.Module]) -> StochasticGraphModule:
+    """An instance of a class of its own, which is given the forward that is generated from its graph.
+
+    It is a subclass of `original` too, and has its methods; of GraphModule alone where Python cannot combine the two.
+    """
+    if issubclass(original, StochasticGraphModule):
+        original = original.original_class
+    elif issubclass(original, fx.GraphModule):
+        original = nn.Module
+    bases = (StochasticGraphModule,) if original is nn.Module else (StochasticGraphModule, original)
+    try:
+        cls = type(original.__name__, bases, {"original_class": original})
+    except TypeError:
+        cls = type(original.__name__, (StochasticGraphModule,), {})
+    return cast(StochasticGraphModule, object.__new__(cls))
 
 
-def _fill(
-    gm: StochasticGraphModule, state: dict[str, Any], graph: fx.Graph, eval_graph: fx.Graph | None, class_name: str
-) -> StochasticGraphModule:
+def _fill(gm: StochasticGraphModule, state: dict[str, Any], graph: fx.Graph, eval_graph: fx.Graph | None) -> StochasticGraphModule:
     gm.__dict__.update(state)
+    gm.__dict__.pop("forward", None)  # one that was patched onto the original is in the graph
     gm.__dict__["eval_graph"] = eval_graph
-    type(gm).__name__ = class_name
     if eval_graph is not None:
         eval_graph.owning_module = gm
     gm.graph = graph
@@ -154,22 +213,37 @@ class _TorchOp:
         return found
 
 
+@dataclass(frozen=True)
+class _Function:
+    """A function that is made by another one, as `F.max_pool2d` is: pickle looks for those by `__qualname__`, in vain."""
+
+    module: str
+    name: str
+
+    def resolve(self) -> Any:
+        return getattr(import_module(self.module), self.name)
+
+
 def _dump(graph: fx.Graph) -> list[tuple[Any, ...]]:
     def refs(args: Any) -> Any:
         return fx.node.map_arg(args, lambda node: cast(Any, _Ref(node.name)))
 
     def target(node: fx.Node) -> Any:
-        is_op = isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
-        return _TorchOp(str(node.target)) if is_op else node.target
+        found = node.target
+        if isinstance(found, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            return _TorchOp(str(found))
+        module, name = getattr(found, "__module__", None), getattr(found, "__name__", "")
+        made = "<locals>" in getattr(found, "__qualname__", "") and getattr(sys.modules.get(str(module)), name, None) is found
+        return _Function(str(module), name) if made else found
 
     kept = ("nn_module_stack", META)
     return [(n.op, n.name, target(n), refs(n.args), refs(n.kwargs), {k: n.meta[k] for k in kept if k in n.meta}) for n in graph.nodes]
 
 
 def _load(
-    state: dict[str, Any], rows: list[tuple[Any, ...]], eval_rows: list[tuple[Any, ...]] | None, class_name: str
+    state: dict[str, Any], rows: list[tuple[Any, ...]], eval_rows: list[tuple[Any, ...]] | None, original: type[nn.Module]
 ) -> StochasticGraphModule:
-    return _fill(_empty(), state, _read(rows), None if eval_rows is None else _read(eval_rows), class_name)
+    return _fill(_empty(original), state, _read(rows), None if eval_rows is None else _read(eval_rows))
 
 
 def _read(rows: list[tuple[Any, ...]]) -> fx.Graph:
@@ -190,7 +264,7 @@ def _read(rows: list[tuple[Any, ...]]) -> fx.Graph:
         return value
 
     for op, name, target, args, kwargs, meta in rows:
-        target = target.resolve() if isinstance(target, _TorchOp) else target
+        target = target.resolve() if isinstance(target, (_TorchOp, _Function)) else target
         node = graph.create_node(op, target, resolve(args), resolve(kwargs), name)
         node.meta.update(meta)
         nodes[name] = node

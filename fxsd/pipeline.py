@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 from torch import fx, nn
 
 from fxsd import residual
-from fxsd.capture import Captured, capture
-from fxsd.depth import depths, prefixes
-from fxsd.errors import FxsdError
+from fxsd.capture import Captured, Part, capture
+from fxsd.depth import depths, execution_order, prefixes
+from fxsd.errors import CaptureError, FxsdError
 from fxsd.options import Names, Options
 from fxsd.rates import Distribution, weights
 from fxsd.report import Analysis, stage
@@ -39,7 +40,7 @@ def transform(
     example_inputs: Any = None,
     subset_batch_norm: bool = False,
     sync_ranks: bool = False,
-) -> fx.GraphModule:
+) -> nn.Module:
     """Adds stochastic depth to a model: every residual add `shortcut + branch` becomes `shortcut + drop(branch)`.
 
     The model is not changed. The result shares its parameters, buffers and leaf modules; `copy.deepcopy` the model first for independence.
@@ -100,6 +101,14 @@ def transform(
         planned = _plan(model, options)
         if not planned.plans:
             raise FxsdError(_no_sites(planned))
+        hidden = planned.captured.hidden
+        if hidden:
+            lost = "; ".join(f"{adds} in {path or 'the model itself'}" for path, adds in hidden.items())
+            warnings.warn(
+                f"{len(planned.plans)} residual adds were rewritten, and {sum(hidden.values())} lie in code that could not be captured: "
+                f"{lost}. fxsd.analyze(model, example_inputs=...).print() says why.",
+                stacklevel=2,
+            )
         return rewrite(planned.captured, planned.plans, planned.eval_residuals, stochastic_method, scaling)
 
 
@@ -144,20 +153,25 @@ class _Planned:
 
 
 def _plan(model: nn.Module, options: Options) -> _Planned:
-    def find(captured: Captured, graph: fx.Graph) -> Found:
-        found_kinds = kinds(graph, captured.model.get_submodule, captured.drop_paths)
+    def find(part: Part, graph: fx.Graph) -> Found:
+        found_kinds = kinds(graph, part.module.get_submodule, {part.to_local(path) for path in part.drop_paths})
         return residual.find(graph, found_kinds, lambda module: _matches(module, options.include))
 
-    captured = capture(model, options.example_inputs, lambda c: {r.module for r in find(c, c.graph).residuals})
+    captured = capture(model, options.example_inputs, lambda part: {r.module for r in find(part, part.graph).residuals})
     if options.existing == "error" and captured.drop_paths:
         raise FxsdError(
             f"existing='error', and the model has stochastic depth of its own: {_some(sorted(captured.drop_paths))}. "
             "Use existing='replace' or existing='keep'."
         )
-    found = find(captured, captured.graph)
+    inside = {node: [part.graph for part in parts] for node, parts in captured.inside().items()}
+    called = {graph: None for graphs in inside.values() for graph in graphs}
+    graphs = [*(part.graph for part in captured.parts if part.graph not in called), *called]
+    order = {node: place for place, node in enumerate(execution_order(graphs, inside))}
+    found = _in_order([find(part, part.graph) for part in captured.parts], order)
+    _check_reach(captured, found, options)
     taken, left = _select(model, found, options)
     names = _site_names(taken)
-    place = depths(captured.graph, taken, options.depth_by)
+    place = depths(graphs, taken, options.depth_by, inside)
     base, factors = weights(options.drop_rate, names, place, options.drop_distribution) if taken else (options.drop_rate, [])
     plans = tuple(
         Plan(name, r, depth, factor, base * factor)
@@ -165,14 +179,37 @@ def _plan(model: nn.Module, options: Options) -> _Planned:
         if not (options.existing == "keep" and r.existing)
     )
     eval_residuals: dict[str, Residual] = {}
-    if captured.eval_graph is not None:
-        others, _ = _select(model, find(captured, captured.eval_graph), options, check=False)
-        planned = {plan.name for plan in plans}
-        eval_residuals = {name: r for name, r in zip(_site_names(others), others, strict=True) if name in planned}
-    order = {node: i for i, node in enumerate(captured.graph.nodes)}
+    for part in captured.parts:
+        if part.eval_graph is not None:
+            others, _ = _select(model, find(part, part.eval_graph), options, check=False)
+            twins = dict(zip(_site_names(others), others, strict=True))
+            eval_residuals |= {
+                plan.name: twins[plan.name] for plan in plans if plan.name in twins and plan.residual.add.graph is part.graph
+            }
     rejected = tuple(sorted((*found.rejected, *left), key=lambda r: order[r.add]))
-    kept = tuple(str(r.existing.target) for r in taken if r.existing and options.existing == "keep")
-    return _Planned(captured, plans, eval_residuals, rejected, _notes(captured, taken, kept), kept)
+    existing = {r.existing: captured.path_of(r.existing) for r in taken if r.existing}
+    kept = tuple(existing.values()) if options.existing == "keep" else ()
+    return _Planned(captured, plans, eval_residuals, rejected, _notes(captured, set(existing.values()), kept), kept)
+
+
+def _check_reach(captured: Captured, found: Found, options: Options) -> None:
+    """Not a site, or adds that only example inputs could bring into reach: the failure is the caller's to know.
+
+    Raises:
+        CaptureError: says why, where and how many adds are lost.
+    """
+    if options.example_inputs is None or not found.residuals:
+        for path, why in captured.failed.items():
+            if path in captured.hidden:
+                raise CaptureError(why + _lost(captured.hidden[path]))
+    if captured.failed and not found.residuals:
+        raise CaptureError(next(iter(captured.failed.values())))
+
+
+def _in_order(found: Sequence[Found], order: Mapping[fx.Node, int]) -> Found:
+    residuals = [r for part in found for r in part.residuals]
+    rejected = [r for part in found for r in part.rejected]
+    return Found(tuple(sorted(residuals, key=lambda r: order[r.add])), tuple(sorted(rejected, key=lambda r: order[r.add])))
 
 
 def _select(model: nn.Module, found: Found, options: Options, check: bool = True) -> tuple[list[Residual], list[RejectedAdd]]:
@@ -206,7 +243,8 @@ def _select(model: nn.Module, found: Found, options: Options, check: bool = True
 
 def _site_names(residuals: Sequence[Residual]) -> list[str]:
     """The module of each add, with a number where the module executes several."""
-    total, seen, names = Counter(r.module for r in residuals), Counter[str](), []
+    total, seen = Counter(r.module for r in residuals), Counter[str]()
+    names: dict[str, None] = {}
     for r in residuals:
         number = str(seen[r.module])
         seen[r.module] += 1
@@ -214,13 +252,13 @@ def _site_names(residuals: Sequence[Residual]) -> list[str]:
         name = ".".join(filter(None, (r.module, number))) if several else r.module
         while name in names or (several and name in total):
             name += "_"
-        names.append(name)
-    return names
+        names[name] = None
+    return list(names)
 
 
-def _notes(captured: Captured, taken: Sequence[Residual], kept: Sequence[str]) -> tuple[str, ...]:
+def _notes(captured: Captured, at_sites: Set[str], kept: Sequence[str]) -> tuple[str, ...]:
     notes = [f"kept as a call: {why}" for why in captured.opaque.values()]
-    at_sites = {str(r.existing.target) for r in taken if r.existing}
+    notes += [f"kept as Python, with graphs in it: {why}{_lost(captured.hidden.get(path))}" for path, why in captured.failed.items()]
     elsewhere = sorted(captured.drop_paths - at_sites)
     if elsewhere:
         notes.append(
@@ -229,6 +267,10 @@ def _notes(captured: Captured, taken: Sequence[Residual], kept: Sequence[str]) -
     if kept:
         notes.append(f"sites that keep the stochastic depth they have: {_some(kept)}")
     return tuple(notes)
+
+
+def _lost(adds: int | None) -> str:
+    return f" It holds {adds} residual add{'s' * (adds > 1)}, which could not be rewritten." if adds else ""
 
 
 def _no_sites(planned: _Planned) -> str:

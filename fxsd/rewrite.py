@@ -15,8 +15,8 @@ from itertools import chain
 import torch
 from torch import fx, nn
 
-from fxsd.capture import Captured
-from fxsd.graphmodule import META, StochasticGraphModule, build, shallow_tree
+from fxsd.capture import Captured, Part
+from fxsd.graphmodule import META, StochasticGraphModule, build, replace_inside, shallow_tree
 from fxsd.ops import StochasticDepth
 from fxsd.residual import Residual
 
@@ -38,21 +38,41 @@ def rewrite(
     eval_residuals: Mapping[str, Residual],
     stochastic_method: str,
     scaling: str,
-) -> StochasticGraphModule:
+) -> nn.Module:
     """Puts a `StochasticDepth` on the branch of every planned site.
 
     Args:
         captured: owns the graphs, which are edited.
-        plans: the sites of `captured.graph`.
-        eval_residuals: site name -> the same add in `captured.eval_graph`, where there is one.
+        plans: the sites of `captured`.
+        eval_residuals: site name -> the same add in the evaluation program, where there is one.
         stochastic_method, scaling: as in `fxsd.transform`.
+
+    Returns:
+        The model as one `StochasticGraphModule`, or a copy of it with such modules inside where it is not one graph.
     """
-    graphs = [graph for graph in (captured.graph, captured.eval_graph) if graph is not None]
+    replaced: dict[nn.Module, nn.Module] = {}
+    for part in sorted(captured.parts, key=lambda part: len(part.path), reverse=True):  # inner ones first
+        own = [plan for plan in plans if plan.residual.add.graph is part.graph]
+        if own or not part.path:
+            replaced[part.module] = _rewrite_part(part, own, eval_residuals, replaced, stochastic_method, scaling)
+    return replaced[captured.model] if captured.model in replaced else replace_inside(captured.model, replaced)
+
+
+def _rewrite_part(
+    part: Part,
+    plans: Sequence[Plan],
+    eval_residuals: Mapping[str, Residual],
+    replaced: Mapping[nn.Module, nn.Module],
+    stochastic_method: str,
+    scaling: str,
+) -> StochasticGraphModule:
     # The tree is made while native drop paths are still called: they stay the user's own modules.
-    root = shallow_tree(captured.model, graphs, captured.constants)
-    retired = _retire(root, [*(plan.residual for plan in plans), *eval_residuals.values()])
+    root = shallow_tree(part.module, part.graphs, part.constants, replaced)
+    twins = {plan.name: eval_residuals[plan.name] for plan in plans if plan.name in eval_residuals}
+    retired = _retire(root, [*(plan.residual for plan in plans), *twins.values()])
     for plan in plans:
-        home = root.get_submodule(plan.residual.module)
+        path = part.to_local(plan.residual.module)
+        home = root.get_submodule(path)
         op = StochasticDepth(
             plan.drop_rate,
             stochastic_method,
@@ -64,12 +84,12 @@ def rewrite(
             weight=plan.weight,
         ).train(home.training)
         op.to(_device(home, root))
-        target = _attach(home, plan.residual.module, op)
+        target = _attach(home, path, op)
         _insert(plan.residual, target, retired)
-        if plan.name in eval_residuals:
-            _insert(eval_residuals[plan.name], target, retired)
-    gm = build(root, captured.graph, captured.eval_graph)
-    for graph in graphs:
+        if plan.name in twins:
+            _insert(twins[plan.name], target, retired)
+    gm = build(root, *part.graphs)
+    for graph in part.graphs:
         graph.lint()
     return gm
 

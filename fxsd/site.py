@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import fx, nn
 
@@ -56,7 +57,10 @@ def sites(gm: nn.Module) -> tuple[ResidualSite, ...]:
         >>> [(site.name, round(site.drop_rate, 2)) for site in fxsd.sites(gm)][:3]
         [('layer1.0', 0.0), ('layer1.1', 0.1), ('layer2.0', 0.2)]
     """
-    return tuple(site for part in _graph_modules(gm) for site in _sites_of(part))
+    found = [tuple(_sites_of(part)) for part in _outermost(_graph_modules(gm))]
+    # Parts of one model count their depths together; the Python around them does not tell which comes first.
+    found.sort(key=lambda part: part[0].depth if part else 0)
+    return tuple(chain.from_iterable(found))
 
 
 def set_drop_rate(gm: nn.Module, drop_rate: float) -> None:
@@ -97,14 +101,26 @@ def _graph_modules(gm: nn.Module) -> list[StochasticGraphModule]:
     return found
 
 
+def _outermost(found: Sequence[StochasticGraphModule]) -> list[StochasticGraphModule]:
+    inner = {module for part in found for module in part.modules() if module is not part}
+    return [part for part in found if part not in inner]
+
+
 def _sites_of(gm: StochasticGraphModule) -> Iterator[ResidualSite]:
+    """The sites of a graph, and where it calls another one, that one's."""
     named = {node.name: node for node in gm.graph.nodes}
+    parts = [module for module in _graph_modules(gm) if module is not gm]
     for node in gm.graph.nodes:
         if node.op != "call_module":
             continue
         op = gm.get_submodule(str(node.target))
-        if not isinstance(op, StochasticDepth) or META not in node.meta:
-            continue
-        add, branch = next(iter(node.users)), node.all_input_nodes[0]
-        shortcut = next(side for side in operands(add) if side is not node)
-        yield ResidualSite(op.site, op.module, op.depth, op.rate, op.kind, "mask", add, branch, shortcut, named[node.meta[META]["fork"]])
+        if isinstance(op, StochasticDepth) and META in node.meta:
+            add, branch = next(iter(node.users)), node.all_input_nodes[0]
+            shortcut = next(side for side in operands(add) if side is not node)
+            fork = named[node.meta[META]["fork"]]
+            yield ResidualSite(op.site, op.module, op.depth, op.rate, op.kind, "mask", add, branch, shortcut, fork)
+        elif parts:
+            called = _outermost([module for module in op.modules() if module in parts])
+            for part in called:
+                parts.remove(part)  # a part that is called twice has its sites once
+                yield from _sites_of(part)

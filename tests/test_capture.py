@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxsd
-from fxsd.capture import Captured, capture
+from fxsd.capture import Part, capture
 from fxsd.capture.droppath import drop_paths
 from fxsd.capture.hidden import hidden_residual_adds
 from fxsd.graphmodule import StochasticGraphModule, build, shallow_tree
 
 
-def captured(model: nn.Module, example_inputs: object = None) -> Captured:
-    return capture(model, example_inputs, lambda found: set())
+def captured(model: nn.Module, example_inputs: object = None) -> Part:
+    (whole,) = capture(model, example_inputs, lambda found: set()).parts
+    return whole
 
 
 def rebuilt(model: nn.Module, example_inputs: object = None) -> StochasticGraphModule:
     found = captured(model, example_inputs)
-    graphs = [graph for graph in (found.graph, found.eval_graph) if graph is not None]
-    return build(shallow_tree(model, graphs, found.constants), found.graph, found.eval_graph)
+    return build(shallow_tree(model, found.graphs, found.constants), *found.graphs)
 
 
 class Mlp(nn.Module):

@@ -12,6 +12,7 @@ import inspect
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -85,7 +86,7 @@ def load(name: str) -> nn.Module:
 
 
 def draw(model: nn.Module, options: dict[str, Any]) -> Drawn:
-    """Transforms a model for its picture; one without sites is drawn as it was captured.
+    """Transforms a model for its picture; one without sites is drawn as it was captured. Of several graphs the one with most sites shows.
 
     Raises:
         FxsdError: `fxsd.transform` cannot capture the model or take the options, or it has no add at all.
@@ -93,9 +94,17 @@ def draw(model: nn.Module, options: dict[str, Any]) -> Drawn:
     found = fxsd.analyze(model, **options)
     if found.sites:
         gm = fxsd.transform(model, **options)
-        named = {node.name: node for node in gm.graph.nodes}
-        rejected = tuple(fxsd.RejectedAdd(named[r.add.name], r.module, r.reason) for r in found.rejected)
-        return Drawn(gm.graph, gm.get_submodule, fxsd.sites(gm), rejected, found.notes)
+        parts = {part.graph: part for part in gm.modules() if isinstance(part, fx.GraphModule)}
+        sites = fxsd.sites(gm)
+        graph = Counter(site.add.graph for site in sites).most_common(1)[0][0]
+        shown = tuple(site for site in sites if site.add.graph is graph)
+        captured = next(site.add.graph for site in found.sites if site.name == shown[0].name)
+        named = {node.name: node for node in graph.nodes}
+        rejected = tuple(fxsd.RejectedAdd(named[r.add.name], r.module, r.reason) for r in found.rejected if r.add.graph is captured)
+        notes = found.notes
+        if len(shown) < len(sites):
+            notes = (f"the model is {len(parts)} graphs: this is the one with {len(shown)} of the {len(sites)} sites", *notes)
+        return Drawn(graph, parts[graph].get_submodule, shown, rejected, notes)
     if not found.rejected:
         raise FxsdError(f"{found.model} has no sites and no other add of tensors, so there is nothing to draw.")
     return Drawn(found.rejected[0].add.graph, model.get_submodule, (), found.rejected, found.notes)

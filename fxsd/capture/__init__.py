@@ -1,78 +1,223 @@
 """nn.Module -> graphs whose train and eval modes stay live.
 
-The front end is `Tracer`. Which leaves it needs becomes known by tracing: modules whose Python decides on `self.training` are
-kept whole where no residual add is inside them; where one is, the model is traced once in each mode.
+A model becomes one graph if it can. Where it cannot, the largest modules in it that can become one each (`Part`), and the Python
+around them stays what runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxsd.capture.calls import Call, as_call, observed
 from fxsd.capture.droppath import drop_paths
 from fxsd.capture.hidden import hidden_residual_adds
-from fxsd.capture.snapshot import unchanged
-from fxsd.capture.tracer import Tracer
-from fxsd.errors import FxsdError
-from fxsd.graphmodule import copy_graph
+from fxsd.capture.programs import trace_modes, within
+from fxsd.capture.snapshot import Snapshot, unchanged
+from fxsd.capture.tracer import Tracer, place_in_model
+from fxsd.errors import CaptureError, FxsdError
+from fxsd.graphmodule import StochasticGraphModule, copy_graph
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module as graphs of its own; the modules in it are the user's.
+
+    Targets of nodes are paths inside `module`; `nn_module_stack` in their metadata has paths in the whole model.
+    """
+
+    path: str  # of `module` in the model; '' is the model itself
+    module: nn.Module
+    graphs: tuple[fx.Graph, ...]  # one, or where the two modes are different programs, that of training and that of evaluation
+    drop_paths: Set[str] = frozenset()  # modules in it that are stochastic depth already
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)  # tensors made while tracing
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graphs[0]
+
+    @property
+    def eval_graph(self) -> fx.Graph | None:
+        return self.graphs[1] if len(self.graphs) > 1 else None
+
+    def to_global(self, target: Any) -> str:
+        """The path in the model of a module inside the part."""
+        return _join(self.path, str(target))
+
+    def to_local(self, path: str) -> str:
+        return path[len(self.path) + 1 :] if self.path else path
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A model as graphs of its own; the modules in it are the user's."""
+    """A model as parts: one where it is one graph. A part may lie inside another, whose graph then calls it, or a module around it.
+
+    Attributes:
+        parts: in the order in which they run first, but parts inside others in no order.
+        drop_paths: paths of modules that are stochastic depth already.
+        opaque: modules inside parts that had to stay calls -> why.
+        failed: modules that could not be one graph, though they are not torch's own -> why.
+        hidden: of these, how many residual adds are out of reach in each.
+    """
 
     model: nn.Module
-    graph: fx.Graph
-    eval_graph: fx.Graph | None = None  # only where the two modes are different programs
-    drop_paths: Set[str] = frozenset()  # modules that are stochastic depth already
-    constants: dict[str, torch.Tensor] = field(default_factory=dict)  # tensors made while tracing
-    opaque: dict[str, str] = field(default_factory=dict)  # modules that had to stay calls -> why
+    parts: tuple[Part, ...]
+    drop_paths: Set[str] = frozenset()
+    opaque: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    hidden: dict[str, int] = field(default_factory=dict)
+
+    def path_of(self, node: fx.Node) -> str:
+        """The path in the model of the module that `node` calls."""
+        return next(part.to_global(node.target) for part in self.parts if node.graph in part.graphs)
+
+    def inside(self) -> dict[fx.Node, list[Part]]:
+        """The nodes that call parts, directly or through a module around them."""
+        found: dict[fx.Node, list[Part]] = {}
+        if len(self.parts) > 1:
+            for host in self.parts:
+                for node in (node for graph in host.graphs for node in graph.nodes if node.op == "call_module"):
+                    called = [p for p in self.parts if p is not host and within(p.path, host.to_global(node.target))]
+                    # A part inside a part that is called here is that one's affair.
+                    own = [p for p in called if not any(q is not p and within(p.path, q.path) for q in called)]
+                    if own:
+                        found[node] = own
+        return found
 
 
-def capture(model: nn.Module, example_inputs: Any, owners_of_sites: Callable[[Captured], Set[str]]) -> Captured:
+def capture(model: nn.Module, example_inputs: Any, owners_of_sites: Callable[[Part], Set[str]]) -> Captured:
     """Captures `model`, which is left exactly as it was.
 
     Args:
         model: any module. A GraphModule brings its graph along.
-        example_inputs: a tuple of args, a dict of kwargs, or None.
-        owners_of_sites: the paths of the modules that execute a residual add of a capture.
+        example_inputs: a tuple of args, a dict of kwargs, or None. The model is run on them, in eval mode, only where it cannot be one
+            graph, to see how the modules in it are called.
+        owners_of_sites: the paths of the modules that execute a residual add of a part.
 
     Raises:
-        CaptureError: the model cannot be traced.
         FxsdError: `model` is no module, or wraps one, or `example_inputs` do not fit its forward.
     """
     _check(model)
+    call = None if example_inputs is None else as_call(example_inputs)
     with unchanged(model) as snapshot:
-        found = drop_paths(model)
-        known = frozenset(name for name, module in model.named_modules() if module in found)
-        if isinstance(model, fx.GraphModule):
-            eval_graph = getattr(model, "eval_graph", None)
-            return Captured(model, copy_graph(model.graph), eval_graph and copy_graph(eval_graph), known)
+        capturer = _Capturer(model, call, owners_of_sites, snapshot)
+        capturer.module("", model)
+        return capturer.captured()
 
-        def trace(leaves: frozenset[str], training: bool) -> Tracer:
-            tracer = Tracer(leaves, training, hidden_residual_adds, constants, snapshot.restore)
-            tracer.trace_model(model, example_inputs)
-            snapshot.restore(model)  # the next trace must not see the values of this one
-            return tracer
 
+class _Capturer:
+    """Takes a model apart as far as it must, from the root down."""
+
+    def __init__(self, model: nn.Module, call: Call | None, owners_of_sites: Callable[[Part], Set[str]], snapshot: Snapshot) -> None:
+        self.model, self.call, self.owners_of_sites, self.snapshot = model, call, owners_of_sites, snapshot
+        self.drops = drop_paths(model)
+        self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        self.parts: list[Part] = []
+        self.opaque: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+        self.reached: set[nn.Module] = set()  # their own code is in a graph
+        self.tried: set[nn.Module] = set()
+        self._observed: dict[str, list[Call]] | None = None
+
+    def captured(self) -> Captured:
+        order = {path: place for place, path in enumerate(self.observed)} if len(self.parts) > 1 else {}
+        parts = sorted(self.parts, key=lambda part: order.get(part.path, len(order)))
+        known = frozenset(name for name, module in self.model.named_modules() if module in self.drops)
+        hidden: dict[str, int] = {}
+        for path in sorted(self.failed, key=lambda path: -path.count(".") - bool(path)):  # inner ones first
+            module = self.model.get_submodule(path)
+            hidden[path] = hidden_residual_adds(module, self.reached)
+            self.reached.update(module.modules())
+        return Captured(self.model, tuple(parts), known, self.opaque, self.failed, {path: n for path, n in hidden.items() if n})
+
+    def module(self, path: str, module: nn.Module) -> None:
+        """Captures `module` as one part, or else the modules in it."""
+        if module in self.tried or module in self.reached:
+            return
+        self.tried.add(module)
+        if not self.is_called(path, module):
+            self.children(path, module)
+            return
+        try:
+            inside = self.part(path, module)
+        except CaptureError as error:
+            self.snapshot.restore(module)
+            self.failed[path] = str(error)
+            self.children(path, module)
+            return
+        for inner in sorted(inside):
+            self.module(inner, self.model.get_submodule(inner))
+
+    def is_called(self, path: str, module: nn.Module) -> bool:
+        """A container is not, nor is a module of which others call the pieces only."""
+        if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+            return False
+        return not path or path in self.observed or not any(within(called, path) for called in self.observed)
+
+    def children(self, path: str, module: nn.Module) -> None:
+        for name, child in module._modules.items():
+            if child is not None:
+                self.module(_join(path, name), child)
+
+    def part(self, path: str, module: nn.Module) -> Set[str]:
+        """Captures `module` as one part. Returns the paths of modules in it that stay calls and yet hold residual adds."""
+        known = frozenset(_join(path, name) for name, inner in module.named_modules() if inner in self.drops)
+        if isinstance(module, fx.GraphModule):
+            eval_graph = getattr(module, "eval_graph", None)
+            graphs = tuple(copy_graph(graph) for graph in (module.graph, eval_graph) if graph is not None)
+            if not isinstance(module, StochasticGraphModule):
+                place_in_model(graphs[0], path, type(module))
+            inner = frozenset(_graph_modules(path, module, graphs))
+            self._add(Part(path, module, graphs, known), inner)
+            return inner
+        calls: Sequence[Call | None] = [self.call] if not path else self.observed.get(path) or [None]
         constants: dict[str, torch.Tensor] = {}
-        train = trace(known, True)
-        if train.branched:
-            held = owners_of_sites(Captured(model, train.graph, None, known))
-            whole = frozenset(p for p in train.branched if p and not any(_within(owner, p) for owner in held))
-            leaves = known | whole
-            if whole:
-                constants.clear()
-                train = trace(leaves, True)
-            evaluated = trace(leaves, False) if train.branched else train
-            if str(evaluated.graph) != str(train.graph):
-                opaque = train.opaque | evaluated.opaque
-                return Captured(model, train.graph, evaluated.graph, known, constants, opaque)
-        return Captured(model, train.graph, None, known, constants, train.opaque)
+
+        def trace(leaves: Set[str], training: bool) -> Tracer:
+            tracers = []
+            for call in calls:
+                tracer = Tracer(path, known | leaves, training, hidden_residual_adds, constants, self.snapshot.restore, self.fakes)
+                tracer.trace_model(module, call)
+                self.snapshot.restore(module)  # the next trace must not see the values of this one
+                tracers.append(tracer)
+            if len({str(tracer.graph) for tracer in tracers}) > 1:
+                raise CaptureError(f"module {path!r} ({type(module).__name__}) is called in ways that make it run different code.")
+            return tracers[0]
+
+        train, evaluated, apart = trace_modes(path, trace, lambda graph: self.owners_of_sites(Part(path, module, (graph,), known)))
+        programs = [train] if evaluated is None else [train, evaluated]
+        graphs = tuple(program.graph for program in programs)
+        used = {str(node.target).rpartition(".")[2] for graph in graphs for node in graph.nodes if node.op == "get_attr"}
+        constants = {name: tensor for name, tensor in constants.items() if name in used}
+        for program in programs:
+            self.opaque |= program.opaque
+            self.failed |= program.broken
+        apart |= {name for program in programs for name in program.broken}
+        self._add(Part(path, module, graphs, known, constants), apart)
+        return apart
+
+    def _add(self, part: Part, apart: Set[str]) -> None:
+        self.parts.append(part)
+        self.failed.pop(part.path, None)
+        self.reached.add(part.module)
+        outside = {self.model.get_submodule(path) for path in apart}
+        stack = [part.module]
+        while stack:
+            children = {child for child in stack.pop()._modules.values() if child and child not in self.reached and child not in outside}
+            self.reached |= children
+            stack.extend(children)
+
+    @property
+    def observed(self) -> dict[str, list[Call]]:
+        if self._observed is None:
+            self._observed = {} if self.call is None else observed(self.model, self.call, self.fakes)
+            self.snapshot.restore(self.model)
+        return self._observed
 
 
 def _check(model: Any) -> None:
@@ -90,5 +235,12 @@ def _check(model: Any) -> None:
         raise FxsdError("a ScriptModule has no Python left to trace; transform the model before torch.jit.script.")
 
 
-def _within(path: str, ancestor: str) -> bool:
-    return path == ancestor or path.startswith(f"{ancestor}.")
+def _graph_modules(path: str, module: nn.Module, graphs: Sequence[fx.Graph]) -> Iterator[str]:
+    """The GraphModules that graphs call, directly or through a module around them."""
+    for target in {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}:
+        found = [name for name, inner in module.get_submodule(target).named_modules() if isinstance(inner, fx.GraphModule)]
+        yield from (_join(path, _join(target, name)) for name in found if not any(other != name and within(name, other) for other in found))
+
+
+def _join(path: str, name: str) -> str:
+    return ".".join(filter(None, (path, name)))

@@ -56,7 +56,7 @@ def _drops_samples(module: nn.Module) -> bool:
     try:
         with torch.no_grad():
             module.training = False
-            if not _equal(module(x), x):
+            if not (_equal(module(x[:2]), x[:2]) and _equal(module(x), x)):  # first a few: what else a module does may take long
                 return False
             module.training = True
             return any(_multiplies_samples(module(x), x) for _ in range(_TRIES))

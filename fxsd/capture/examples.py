@@ -10,6 +10,8 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxsd.capture.calls import without_values
+
 
 class Examples:
     """The values of a graph's nodes under example inputs, as fake tensors and plain Python values.
@@ -20,6 +22,7 @@ class Examples:
         constants: tensors made while tracing, by the last part of their name.
         training: what `training` flags are.
         aside: a context inside which calls reach torch and the model instead of the trace.
+        fakes: of the values.
     """
 
     def __init__(
@@ -29,9 +32,10 @@ class Examples:
         constants: dict[str, torch.Tensor],
         training: bool,
         aside: Callable[[], AbstractContextManager[None]],
+        fakes: FakeTensorMode,
     ) -> None:
         self._root, self._inputs, self._constants, self._training, self._aside = root, inputs, constants, training, aside
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = fakes
         self._values: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
@@ -54,7 +58,7 @@ class Examples:
 
     def _compute(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            return self._fake(self._inputs[str(node.target)])
+            return without_values(self._inputs[str(node.target)], self._mode)  # a copy: the forward may write into it
         if node.op == "get_attr":
             return self._fake(self._attribute(str(node.target)))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._values.__getitem__)

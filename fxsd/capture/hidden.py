@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,13 +19,15 @@ _SHAPES = {"shape", "size", "dim", "ndim", "numel", "dtype", "device", "stride"}
 _NUMBERS = {"len", "int", "float", "bool", "range", "isinstance", "getattr", "hasattr", "min", "max", "round", "abs"}
 
 
-def hidden_residual_adds(module: nn.Module) -> int:
-    """Counts the residual adds in the forwards of `module` and of the submodules that are not torch's own."""
-    return sum(
-        _count(type(part))
-        for part in module.modules()
-        if not type(part).__module__.startswith("torch.nn") or isinstance(part, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
-    )
+def hidden_residual_adds(module: nn.Module, reached: Set[nn.Module] = frozenset()) -> int:
+    """Counts the residual adds in the forwards of `module` and of the submodules, but for those in `reached` and torch's own."""
+    classes = Counter(type(part) for part in module.modules() if part not in reached and _is_read(part))
+    return sum(_count(cls) * times for cls, times in classes.items())
+
+
+def _is_read(module: nn.Module) -> bool:
+    layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    return isinstance(module, layers) or not type(module).__module__.startswith("torch.nn")
 
 
 def _count(cls: type[nn.Module]) -> int:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
+from fxsd.capture.calls import Call, is_plain
 from fxsd.errors import FxsdError
 
 
@@ -19,7 +17,7 @@ class Binding:
 
     Attributes:
         parameters: what becomes a placeholder each.
-        fixed: values of those that are not live: defaults that the example call does not supply, and example values without a tensor.
+        fixed: values of those that are not live: defaults that the example call does not supply, and plain example values.
         example: values of the others in the example call, if there is one.
         positional: names of the arguments that the call passes by position.
         given: names of all that it passes.
@@ -32,7 +30,7 @@ class Binding:
     given: Set[str]
 
 
-def bind(forward: Callable[..., Any], example_inputs: Any) -> Binding:
+def bind(forward: Callable[..., Any], call: Call | None) -> Binding:
     """Reads the signature of the root against the example call.
 
     Raises:
@@ -41,8 +39,8 @@ def bind(forward: Callable[..., Any], example_inputs: Any) -> Binding:
     signature = inspect.signature(forward)
     given: dict[str, Any] = {}
     by_keyword: Set[str] = set()
-    if example_inputs is not None:
-        args, kwargs = as_call(example_inputs)
+    if call is not None:
+        args, kwargs = call
         try:
             given = dict(signature.bind(*args, **kwargs).arguments)
             by_keyword = kwargs.keys()
@@ -56,7 +54,7 @@ def bind(forward: Callable[..., Any], example_inputs: Any) -> Binding:
             given |= extra
             parameters.extend(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra)
         elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            if example_inputs is None:
+            if call is None:
                 raise FxsdError(f"the model's forward takes *{parameter.name}; pass example_inputs, so that their number is known.")
             extra = {f"{parameter.name}_{i}": value for i, value in enumerate(given.pop(parameter.name, ()))}
             given |= extra
@@ -65,25 +63,10 @@ def bind(forward: Callable[..., Any], example_inputs: Any) -> Binding:
             parameters.append(parameter)
             if parameter.name not in given and parameter.default is not inspect.Parameter.empty:
                 fixed[parameter.name] = parameter.default
-    if example_inputs is None:
+    if call is None:
         given = {p.name: None for p in parameters if p.name not in fixed}
         by_keyword = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
         return Binding(parameters, fixed, {}, given.keys() - by_keyword, given.keys())
-    fixed |= {name: value for name, value in given.items() if not holds_tensor(value)}
+    fixed |= {name: value for name, value in given.items() if is_plain(value)}
     example = {name: value for name, value in given.items() if name not in fixed}
     return Binding(parameters, fixed, example, given.keys() - by_keyword, given.keys())
-
-
-def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`example_inputs` as the `(args, kwargs)` of a call."""
-    if isinstance(example_inputs, torch.Tensor):
-        raise FxsdError("example_inputs must be a tuple of args or a dict of kwargs, but got a Tensor; write (x,).")
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    raise FxsdError(f"example_inputs must be a tuple of args or a dict of kwargs, but got {type(example_inputs).__name__}.")
-
-
-def holds_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, (torch.Tensor, nn.Module)) for leaf in torch.utils._pytree.tree_leaves(value))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import ParameterProxy
 from torch.nn.utils import parametrize
 
+from fxsd.capture.calls import Call
 from fxsd.capture.examples import Examples
 from fxsd.capture.guards import check_bound, check_decision
 from fxsd.capture.modes import Flag, live_training
@@ -33,31 +36,39 @@ class Tracer(fx.Tracer):
     """Traces a model whole, with three differences from `fx.Tracer`.
 
     - `training` stays live (see `modes`); `branched` names the modules whose Python decided on it.
-    - A submodule that cannot be traced becomes a leaf, if `hides_sites` says that it hides no residual add; `opaque` says why.
+    - A submodule that cannot be traced becomes a leaf. `broken` says why if residual adds are out of reach in it, `opaque` if not.
     - Nothing is written to the model; `constants` collects the tensors that are made while tracing.
 
+    Paths are those in the whole model, but for the targets of nodes, which start at the module that is traced.
+
     Args:
+        path: of the module that will be traced in the whole model.
         leaves: paths of modules to keep as calls.
         training: the mode that Python decisions on `self.training` see.
         hides_sites: told a module that failed, returns how many residual adds would be out of reach inside it.
         constants: where to put tensors that are made while tracing.
         restore: takes back what a failed attempt left in a module's attributes.
+        fakes: of the example values.
     """
 
     proxy_buffer_attributes = True
 
     def __init__(
         self,
-        leaves: frozenset[str] = frozenset(),
+        path: str = "",
+        leaves: Set[str] = frozenset(),
         training: bool = True,
         hides_sites: Callable[[nn.Module], int] = lambda module: 0,
         constants: dict[str, torch.Tensor] | None = None,
         restore: Callable[[nn.Module], None] = lambda module: None,
+        fakes: FakeTensorMode | None = None,
     ) -> None:
         super().__init__()
-        self.leaves, self.training, self.hides_sites, self.restore = leaves, training, hides_sites, restore
+        self.path, self.leaves, self.training, self.hides_sites, self.restore = path, leaves, training, hides_sites, restore
+        self.fakes = fakes or FakeTensorMode(allow_non_fake_inputs=True)
         self.branched: dict[str, None] = {}
         self.opaque: dict[str, str] = {}
+        self.broken: dict[str, str] = {}
         self.constants: dict[str, torch.Tensor] = {} if constants is None else constants
         self._attributes: dict[str, fx.Proxy] = {}
         self._flags: dict[str, fx.Proxy] = {}
@@ -65,16 +76,16 @@ class Tracer(fx.Tracer):
         self._decided: dict[tuple[fx.Node, type], Any] = {}
         self.set_aside = False
 
-    def trace_model(self, root: nn.Module, example_inputs: Any) -> fx.Graph:
+    def trace_model(self, root: nn.Module, call: Call | None) -> fx.Graph:
         """Traces `root`. The caller restores the model (see `snapshot`)."""
-        self._example_inputs = example_inputs
+        self._call = call
         self._names = {id(t): n for n, t in [*root.named_parameters(), *root.named_buffers()]}
         with ExitStack() as stack:
             self._read_flag: Callable[[nn.Module], Any] = lambda module: module.__dict__["training"]
             stack.enter_context(live_training(lambda module: self._read_flag(module)))
             stack.enter_context(recorded_factories(self))
             stack.enter_context(noticed_contexts(self))
-            if example_inputs is not None:
+            if call is not None:
                 stack.enter_context(known_types(self))
             fastpath = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
@@ -84,7 +95,8 @@ class Tracer(fx.Tracer):
             except CaptureError:
                 raise
             except Exception as error:
-                raise CaptureError(self._why("", root, error)) from error
+                raise CaptureError(self._why(self.path, root, error)) from error
+        place_in_model(graph, self.path, type(root))
         for flag in list(graph.nodes):
             if flag.op == "get_attr" and flag.target.rpartition(".")[2] == "training" and not flag.users:
                 graph.erase_node(flag)
@@ -96,9 +108,9 @@ class Tracer(fx.Tracer):
         root = self.root
         own = root.__dict__.get("forward")  # a forward patched onto the instance is the one that runs
         target = own or root.forward
-        binding = bind(target, self._example_inputs)
-        if self._example_inputs is not None:
-            self.examples = Examples(root, binding.example, self.constants, self.training, self._aside)
+        binding = bind(target, self._call)
+        if self._call is not None:
+            self.examples = Examples(root, binding.example, self.constants, self.training, self._aside, self.fakes)
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
         for parameter in binding.parameters:
@@ -172,16 +184,17 @@ class Tracer(fx.Tracer):
     # --- what is a leaf ---------------------------------------------------------------------------------------------
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.leaves:
+        path = self._in_model(module_qualified_name)
+        if path in self.leaves:
             return True
         if any(getattr(m, hooks, None) for hooks in _HOOKS) or parametrize.is_parametrized(m):
             reason = "has hooks or parametrizations, which run only when it is called"
-        elif isinstance(m, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)):
+        elif isinstance(m, torch.jit.ScriptModule) or hasattr(m, "_orig_mod"):
             reason = "is compiled"
         else:
             reason = None
         if reason and next(m.children(), None):
-            self.opaque[module_qualified_name] = f"module {module_qualified_name!r} ({type(m).__name__}) {reason}"
+            self.opaque[path] = f"module {path!r} ({type(m).__name__}) {reason}"
         if reason:
             return True
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _COMPOSITES)
@@ -193,21 +206,16 @@ class Tracer(fx.Tracer):
         if path is None:
             return self._call_unregistered(m, forward, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)))
-        stack, calls = dict(self.module_stack), dict(self.num_calls)
+        stack = dict(self.module_stack)
         try:
             return super().call_module(m, forward, args, kwargs)
-        except CaptureError:
-            raise
         except Exception as error:
-            why = self._why(path, m, error)
-            hidden = self.hides_sites(m)
-            if hidden:
-                adds = "1 residual add" if hidden == 1 else f"{hidden} residual adds"
-                raise CaptureError(f"{why} It holds {adds}, which could not be rewritten.") from error
-            self._roll_back(last, stack, calls)
+            path = self._in_model(path)
+            kept = self.broken if self.hides_sites(m) else self.opaque
+            kept[path] = self._why(path, m, error)
+            self._roll_back(last, stack)
             self.restore(m)
             self.leaves |= {path}
-            self.opaque[path] = why
             return super().call_module(m, forward, args, kwargs)
 
     def _call_unregistered(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -216,7 +224,7 @@ class Tracer(fx.Tracer):
             raise Untraceable(f"it calls a {type(m).__name__} that is not one of its submodules")
         return forward(*args, **kwargs)
 
-    def _roll_back(self, last: fx.Node, stack: dict[str, Any], calls: dict[str, int]) -> None:
+    def _roll_back(self, last: fx.Node, stack: dict[str, Any]) -> None:
         erased = set()
         for node in reversed(self.graph.nodes):
             if node is last:
@@ -232,8 +240,6 @@ class Tracer(fx.Tracer):
             del self._decided[decided]
         self.module_stack.clear()
         self.module_stack.update(stack)
-        self.num_calls.clear()
-        self.num_calls.update(calls)
 
     # --- attributes and constants -----------------------------------------------------------------------------------
 
@@ -252,16 +258,25 @@ class Tracer(fx.Tracer):
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, dict) and type(a) is not dict:  # a ModelOutput, an OrderedDict: built again as what it is
-            return self.create_node("call_function", type(a), (), {str(k): self.create_arg(v) for k, v in a.items()})
+            items = {k: self.create_arg(v) for k, v in a.items()}
+            return self.create_node("call_function", type(a), *(((), items) if is_dataclass(a) else ((items,), {})))
         if isinstance(a, torch.Tensor):
             name = self._names.get(id(a)) or self.tensor_attrs.get(a)
             if name is None:
-                constant = f"constant{len(self.constants)}"
-                self.constants[constant] = a.detach()
-                name = f"{CONSTANTS}.{constant}"
+                name = f"{CONSTANTS}.{self._constant(a.detach())}"
                 self.tensor_attrs[a] = name
             return self.create_node("get_attr", name, (), {})
         return super().create_arg(a)
+
+    def _constant(self, tensor: torch.Tensor) -> str:
+        """The name of a tensor made while tracing: that of an equal one that an earlier trace made."""
+        for name, known in self.constants.items():
+            alike = known.dtype == tensor.dtype and known.device == tensor.device and not tensor.is_meta and torch.equal(known, tensor)
+            if alike and f"{CONSTANTS}.{name}" not in self.tensor_attrs.values():
+                return name
+        name = f"constant{len(self.constants)}"
+        self.constants[name] = tensor
+        return name
 
     def _flag(self, module: nn.Module) -> Any:
         path = self.submodule_paths.get(module) if self.submodule_paths else None
@@ -271,11 +286,14 @@ class Tracer(fx.Tracer):
             node = self.create_node("get_attr", f"{path}.training" if path else "training", (), {})
 
             def decide() -> bool:
-                self.branched[path] = None
+                self.branched[self._in_model(path)] = None
                 return self.training
 
             self._flags[path] = Flag(node, self, decide)
         return self._flags[path]
+
+    def _in_model(self, path: str) -> str:
+        return ".".join(filter(None, (self.path, path)))
 
     def _why(self, path: str, module: nn.Module, error: Exception) -> str:
         where = f"module {path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
@@ -284,3 +302,13 @@ class Tracer(fx.Tracer):
             f"{where} stopped tracing at {failing_line(error)}: {cause}. Pass example_inputs if the decision rests on shapes or "
             "on optional arguments; otherwise keep the module out of the forward, or write this line with tensor ops."
         )
+
+
+def place_in_model(graph: fx.Graph, path: str, cls: type[nn.Module]) -> None:
+    """Makes the metadata of a graph, which was traced from the module at `path`, speak of the whole model."""
+    if not path:
+        return
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        inside = {f"{path}.{key}": (f"{path}.{name}", kind) for key, (name, kind) in stack.items()}
+        node.meta["nn_module_stack"] = {path: (path, cls), **inside}

@@ -1,0 +1,121 @@
+"""How a model calls the modules in it: seen in one run, remembered without the values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from enum import Enum
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+
+from fxsd.errors import FxsdError
+
+Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
+
+_PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    slice,
+    range,
+    Enum,
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+    torch.layout,
+)
+
+
+def as_call(example_inputs: Any) -> Call:
+    """`example_inputs` as the `(args, kwargs)` of a call."""
+    if isinstance(example_inputs, Tensor):
+        raise FxsdError("example_inputs must be a tuple of args or a dict of kwargs, but got a Tensor; write (x,).")
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    raise FxsdError(f"example_inputs must be a tuple of args or a dict of kwargs, but got {type(example_inputs).__name__}.")
+
+
+def is_plain(value: Any) -> bool:
+    """Is `value` made of numbers, names and the like alone, which mean the same in every call?"""
+    return all(isinstance(leaf, _PLAIN) for leaf in torch.utils._pytree.tree_leaves(value))
+
+
+def without_values(value: Any, fakes: FakeTensorMode) -> Any:
+    """A copy of `value`, objects of any class included, whose tensors have shapes and no data."""
+    with FakeCopyMode(fakes):
+        return copy.deepcopy(value)
+
+
+def observed(model: nn.Module, call: Call, fakes: FakeTensorMode) -> dict[str, list[Call]]:
+    """Runs `model` once, in eval mode and without gradients, and notes how it calls each module.
+
+    Args:
+        model: its attributes may change; its buffers do not.
+        call: what to run it on.
+        fakes: of the tensors in the result.
+
+    Returns:
+        module path -> the calls of it that differ in more than values, in the order of the first calls. Of a run that fails, those
+        until then.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    seen: dict[str, dict[Any, Call]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        path = paths.get(module)
+        if path is None:
+            return
+        calls, key = seen.setdefault(path, {}), _key((args, kwargs))
+        if key not in calls:
+            with suppress(Exception):  # an argument that cannot be copied: a generator, a lock
+                calls[key] = without_values((args, kwargs), fakes)
+
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        for module in modes:
+            module.training = False
+        with _noted_calls(note), torch.no_grad(), suppress(Exception):
+            args, kwargs = copy.deepcopy(call)
+            torch.func.functional_call(model, buffers, args, kwargs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return {path: list(calls.values()) for path, calls in seen.items()}
+
+
+@contextmanager
+def _noted_calls(note: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
+    original = nn.Module.__call__
+
+    def noted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        note(self, args, kwargs)
+        return original(self, *args, **kwargs)
+
+    nn.Module.__call__ = noted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+def _key(call: Call) -> Any:
+    """Equal for calls that the same graph serves, as far as one can tell without tracing."""
+    leaves, spec = torch.utils._pytree.tree_flatten(call)
+    return str(spec), tuple(_leaf_key(leaf) for leaf in leaves)
+
+
+def _leaf_key(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    return repr(leaf) if isinstance(leaf, _PLAIN) else type(leaf)

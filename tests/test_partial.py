@@ -1,0 +1,353 @@
+"""Partial capture: models that are not one graph, and modules whose two modes are two programs."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+
+import fxsd
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.fc1, self.norm, self.fc2 = nn.Linear(width, width), nn.BatchNorm1d(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(self.norm(self.fc1(x)).relu())
+
+
+class Stage(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def first(self) -> nn.Module:
+        return self.blocks[0]
+
+
+class Detector(nn.Module):
+    """Lists in, dicts out, and Python between that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Stage(1)  # registered first, runs last
+        self.body = nn.Sequential(nn.Linear(8, 8), Stage(2))
+        self.num_classes = 3
+
+    def forward(self, images: list[Tensor], targets: list[Tensor] | None = None) -> list[dict[str, Tensor]]:
+        x = self.body(torch.stack(images))
+        keep = x.sum(1) > x.sum()
+        if keep.any():
+            x = torch.where(keep[:, None], x, x * 2)
+        x = self.head(x)
+        if self.training:
+            assert targets is not None
+            return [{"loss": (x - torch.stack(targets)).square().mean()}]
+        return [{"out": row} for row in x]
+
+    def describe(self) -> str:
+        return f"{self.num_classes} classes"
+
+
+def images(batch: int = 2) -> list[Tensor]:
+    return list(torch.randn(batch, 8))
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything a failed or a successful capture could leave behind."""
+    attributes = {(n, k): v for n, m in model.named_modules() for k, v in vars(m).items()}
+    return attributes | {("state", k): v.clone() for k, v in model.state_dict().items()}
+
+
+def same(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], Tensor) else a[k] is b[k] or a[k] == b[k] for k in a)
+
+
+# --- a root that is no graph ----------------------------------------------------------------------------------------------
+
+
+def test_the_parts_of_a_root_that_is_no_graph_are_rewritten():
+    torch.manual_seed(0)
+    model = Detector()
+    before = state(model)
+    gm = fxsd.transform(model, 0.6, scaling="train", example_inputs=(images(),))
+    assert same(state(model), before)
+    assert type(gm) is Detector
+    assert gm.describe() == "3 classes"
+    assert [(s.name, s.depth, round(s.drop_rate, 3)) for s in fxsd.sites(gm)] == [
+        ("body.1.blocks.0", 0, 0.0),
+        ("body.1.blocks.1", 1, 0.3),
+        ("head.blocks.0", 2, 0.6),
+    ]
+    assert [(p, isinstance(m, fx.GraphModule)) for p, m in gm.named_children()] == [("head", True), ("body", True)]
+    assert isinstance(gm.head, Stage)
+    assert isinstance(gm.head.first(), Block)
+    assert list(gm.state_dict()) == list(model.state_dict())
+    assert all(a is b for a, b in zip(gm.parameters(), model.parameters(), strict=True))
+    for batch in (1, 2, 5):
+        x = images(batch)
+        expected, found = model.eval()(x), gm.eval()(x)
+        assert all(torch.equal(a["out"], b["out"]) for a, b in zip(expected, found, strict=True))
+
+
+def test_parts_drop_in_training_and_follow_modes():
+    torch.manual_seed(0)
+    gm = fxsd.transform(Detector(), 1.0, drop_distribution="uniform", example_inputs=(images(),))
+    x = images()
+    gm.train()
+    found = gm(x, targets=x)[0]["loss"]
+    with torch.no_grad():  # with every branch dropped the network is its first linear layer
+        y = gm.body[0](torch.stack(x))
+        keep = y.sum(1) > y.sum()
+        y = torch.where(keep[:, None], y, y * 2) if keep.any() else y
+    torch.testing.assert_close(found, (y - torch.stack(x)).square().mean())
+    assert not gm.eval().head.training
+    gm.train().body.eval()
+    assert [m.training for m in gm.modules() if type(m).__name__ == "StochasticDepth"] == [True, False, False]
+
+
+def test_rates_move_and_copies_are_whole():
+    torch.manual_seed(0)
+    x = images()
+    gm = fxsd.transform(Detector(), 0.5, scaling="train", example_inputs=(x,)).eval()
+    expected = gm(x)
+    saved = io.BytesIO()
+    torch.save(gm, saved)
+    saved.seek(0)
+    for other in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm)), torch.load(saved, weights_only=False)):
+        assert type(other) is Detector
+        assert all(torch.equal(a["out"], b["out"]) for a, b in zip(expected, other(x), strict=True))
+        fxsd.set_drop_rate(other, 0.8)
+        assert [s.drop_rate for s in fxsd.sites(other)] == [0.0, 0.4, 0.8]
+        torch.manual_seed(1)
+        a = other.train()(x, x)[0]["loss"]
+        torch.manual_seed(1)
+        assert torch.equal(a, other(x, x)[0]["loss"])
+    assert [s.drop_rate for s in fxsd.sites(gm)] == [0.0, 0.25, 0.5]
+
+
+def test_a_transformed_model_of_parts_can_be_transformed_again():
+    gm = fxsd.transform(Detector(), 0.5, example_inputs=(images(),))
+    again = fxsd.transform(gm, 0.8, scaling="train", example_inputs=(images(),))
+    assert [s.drop_rate for s in fxsd.sites(again)] == [0.0, 0.4, 0.8]
+    assert [s.drop_rate for s in fxsd.sites(gm)] == [0.0, 0.25, 0.5]
+    assert sum(type(m).__name__ == "StochasticDepth" for m in again.modules()) == 3
+    assert fxsd.analyze(gm, example_inputs=(images(),)).sites[0].name == "body.1.blocks.0"
+
+
+def test_the_report_says_why_the_root_is_no_graph():
+    found = fxsd.analyze(Detector(), example_inputs=(images(),))
+    assert len(found.sites) == 3
+    assert found.notes[0].startswith("kept as Python, with graphs in it: the model (Detector) stopped tracing at")
+    assert "if keep.any():" in found.notes[0]
+
+
+@pytest.mark.parametrize("builder", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large"])
+def test_torchvision_detectors(builder: str):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(builder, weights=None, weights_backbone=None)
+    x = [torch.rand(3, 64, 96), torch.rand(3, 96, 64)]
+    if hasattr(model.transform, "min_size") and builder != "ssdlite320_mobilenet_v3_large":
+        model.transform.min_size, model.transform.max_size = (64,), 96
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gm = fxsd.transform(model, scaling="train", example_inputs=(x,))
+    assert isinstance(gm, type(model))
+    assert len(fxsd.sites(gm)) == (10 if "ssdlite" in builder else 16)
+    assert list(gm.state_dict()) == list(model.state_dict())
+    for expected, found in zip(model.eval()(x), gm.eval()(x), strict=True):
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+    targets = [{"boxes": torch.tensor([[1.0, 1.0, 50.0, 50.0]]), "labels": torch.tensor([1])} for _ in x]
+    assert all(loss.isfinite() for loss in gm.train()(x, targets).values())
+
+
+# --- code that is not reached ---------------------------------------------------------------------------------------------
+
+
+class OnValues(nn.Module):
+    """A residual add in code that no graph can hold, around a module that a graph can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.f = Stage(1), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        if x.sum() > 0:
+            x = x + self.f(x).relu()
+        return x
+
+
+def test_hidden_adds_are_told_and_the_rest_is_rewritten():
+    torch.manual_seed(0)
+    model = nn.Sequential(Stage(1), OnValues(), Stage(1))
+    x = torch.randn(2, 8)
+    with pytest.raises(fxsd.CaptureError, match=r"'1' \(OnValues\).*if x\.sum\(\) > 0.*It holds 1 residual add, which could not be"):
+        fxsd.transform(model)
+    with pytest.warns(UserWarning, match=r"3 residual adds were rewritten, and 1 lie in code that could not be captured: 1 in 1\."):
+        gm = fxsd.transform(model, 0.5, scaling="train", example_inputs=(x,))
+    assert isinstance(gm, fx.GraphModule)
+    assert [(s.name, s.depth) for s in fxsd.sites(gm)] == [("0.blocks.0", 0), ("1.inner.blocks.0", 1), ("2.blocks.0", 2)]
+    assert any("It holds 1 residual add" in note for note in fxsd.analyze(model, example_inputs=(x,)).notes)
+    assert torch.equal(gm.eval()(x), model.eval()(x))
+    assert type(gm.get_submodule("1")) is OnValues
+    assert gm.get_submodule("1") is not model[1]
+    assert type(model[1].inner) is Stage
+
+
+class KeepsAList(OnValues):
+    """Reaches its modules by other ways than the registered ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = [self.inner]
+        self.run = self.inner.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e6:
+            return self.run(x)
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+def test_plain_references_to_replaced_modules_follow():
+    model = KeepsAList()
+    gm = fxsd.transform(model, 1.0, example_inputs=(torch.randn(2, 8),))
+    assert gm.steps[0] is gm.inner
+    assert model.steps[0] is model.inner
+    x = torch.randn(2, 8)
+    assert torch.equal(gm.train()(x), x)  # its one branch is dropped
+
+
+class PiecesOnly(nn.Module):
+    """Calls the pieces of a module that has a forward of its own, which never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = Stage(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.stage.blocks:
+            x = block(x)
+            if x.sum() > 0:
+                x = -x
+        return x
+
+
+def test_a_module_that_is_not_called_is_not_what_is_replaced():
+    gm = fxsd.transform(PiecesOnly(), 1.0, drop_distribution="uniform", example_inputs=(torch.randn(2, 8),))
+    assert type(gm.stage) is Stage
+    assert [s.name for s in fxsd.sites(gm)] == ["stage.blocks.0", "stage.blocks.1"]
+    x = torch.randn(2, 8)
+    assert torch.equal(gm.train()(x).abs(), x.abs())
+
+
+class ManyWays(nn.Module):
+    """Runs other code at other sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.wide = Block(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.wide(x)) if x.shape[1] == 8 else self.block(x[:, :8])
+
+
+class CallsTwoWays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.many = ManyWays()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.many(x) + self.many(torch.cat([x, x], 1))
+        return y if y.sum() > 0 else -y
+
+
+def test_a_module_that_runs_different_code_in_different_calls_is_taken_apart():
+    model = CallsTwoWays()
+    x = torch.randn(3, 8)
+    gm = fxsd.transform(model, scaling="train", example_inputs=(x,))
+    assert [s.name for s in fxsd.sites(gm)] == ["many.block"]
+    assert torch.equal(gm.eval()(x), model.eval()(x))
+
+
+# --- modes ----------------------------------------------------------------------------------------------------------------
+
+
+class Moody(nn.Module):
+    """A residual block that is another program in training than in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.extra = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x).relu()
+        if self.training:
+            y = y + self.extra(x).sigmoid() * y
+        return x + y
+
+
+def test_a_module_with_two_programs_follows_its_own_flag():
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Moody(), Moody())
+    gm = fxsd.transform(model, 0.0)
+    assert [s.name for s in fxsd.sites(gm)] == ["0", "1", "2"]
+    assert [s.depth for s in fxsd.sites(gm)] == [0, 1, 2]
+    x = torch.randn(4, 8)
+    for frozen in ([], ["0"], ["1"], ["1", "2"]):
+        model.train(), gm.train()
+        for path in frozen:
+            model.get_submodule(path).eval(), gm.get_submodule(path).eval()
+        assert torch.equal(gm(x), model(x)), frozen
+    model.eval(), fxsd.set_drop_rate(gm, 0.7), gm.eval()
+    assert not torch.equal(gm(x), model(x))  # the branch is scaled
+    assert torch.equal(pickle.loads(pickle.dumps(gm))(x), gm(x))
+
+
+def test_two_programs_inside_a_graph_compile_whole():
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Moody())
+    gm = fxsd.transform(model, 0.0, scaling="train")
+    compiled = torch.compile(gm, fullgraph=True, backend="eager")
+    x = torch.randn(4, 8)
+    for mode in (True, False):
+        assert torch.equal(compiled.train(mode)(x), model.train(mode)(x))
+
+
+class NoGradStem(nn.Module):
+    """Enters a context that a graph cannot hold, around a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = Stage(1), Stage(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.stem(x)
+        return self.head(x)
+
+
+def test_no_grad_survives():
+    torch.manual_seed(0)
+    model = NoGradStem()
+    gm = fxsd.transform(model, 0.0, example_inputs=(torch.randn(2, 8),))
+    assert len(fxsd.sites(gm)) == 2
+    gm.train()(torch.randn(2, 8)).sum().backward()
+    assert all(p.grad is None for p in gm.stem.parameters())
+    assert all(p.grad is not None for p in gm.head.parameters())
