@@ -1,0 +1,467 @@
+"""Measures fxsd: `python tools/bench.py transform` times capture, detection and rewriting against `torch.fx.symbolic_trace` alone.
+
+The first table is over whole models: the calls take turns in one process, and a ratio is the median of the ratios of the rounds.
+The second is over graphs that grow: where the time is linear in their size, ms per node stays the same from row to row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, fx, nn
+from visualize import load
+
+import fxsd
+from fxsd import FxsdError
+
+MODELS = (
+    "resnet50", "vit_b_16", "swin_t", "swin_v2_t", "convnext_tiny", "efficientnet_b0", "regnet_y_400mf", "mobilenet_v3_large", "maxvit_t",
+    "mvit_v2_s", "swin3d_t", "densenet121", "googlenet", "fcn_resnet50",
+)  # fmt: skip
+QUICK_MODELS = ("resnet50", "swin_t", "densenet121")
+TRACE, PLAIN, EXAMPLE = "symbolic_trace", "fxsd", "fxsd with example inputs"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line. Returns the exit code: 0, or 2 with one line on standard error."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (FxsdError, OSError) as error:
+        print(f"bench: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# --- transform ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """The times of one model, medians in ms; None where there is nothing to measure, and `failures` says why."""
+
+    model: str
+    nodes: int | None
+    sites: int | None
+    trace_ms: float | None
+    fxsd_ms: float | None
+    fxsd_example_ms: float | None
+    ratio: float | None  # fxsd / symbolic_trace
+    ratio_example: float | None
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GrowthRow:
+    """The times of one graph of a family, medians in ms."""
+
+    graph: str
+    size: int
+    nodes: int
+    sites: int
+    trace_ms: float
+    fxsd_ms: float
+    fxsd_ms_per_node: float
+    ratio: float  # fxsd / symbolic_trace
+
+
+def transform(args: argparse.Namespace) -> None:
+    """The sub-command: measures, prints the tables, and writes the figures where asked to."""
+    names = _names(args)
+    repeats = args.repeats or (2 if args.quick else 7)
+    sizes = _sizes(args)
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise FxsdError(f"--json must be a file in a folder that exists, but got {args.json!r}.")
+    for name in args.model or ():  # a wrong name shows before minutes are spent on the others
+        _build(name)
+    rows, growth = [], []
+    with _progress(len(names)) as say:
+        for name in names:
+            say(f"building {name}")
+            rows.append(measure_model(name, _build(name), repeats, args.shape, say))
+            say(name, done=1)
+    _show_models(rows)
+    with _progress(len(sizes)) as say:
+        for graph, size in sizes:
+            growth.append(measure_growth(graph, size, args.growth_repeats, say))
+            say(graph, done=1)
+    _show_growth(growth)
+    if args.json:
+        settings = {"command": "transform", "models": names, "repeats": repeats, "shape": args.shape, "growth_repeats": args.growth_repeats}
+        figures = {"machine": machine(), "settings": settings, "models": [*map(asdict, rows)], "growth": [*map(asdict, growth)]}
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def measure_model(name: str, model: nn.Module, repeats: int, shape: Sequence[int] | None, say: Callable[[str], None]) -> ModelRow:
+    """Times `symbolic_trace` and fxsd, without and with example inputs, in turns. A model without sites is analyzed, not transformed."""
+    shape = example_shape(name, model) or shape
+    given: dict[str, dict[str, Any]] = {PLAIN: {}}
+    if shape:
+        given[EXAMPLE] = {"example_inputs": (torch.zeros(*shape),)}
+    say(f"{name}: looking for sites")
+    nodes, sites = _look(model, list(given.values()))
+    call = fxsd.analyze if sites == 0 else fxsd.transform
+    works: dict[str, Callable[[], object]] = {TRACE: partial(fx.symbolic_trace, model)}
+    works |= {label: partial(call, model, **options) for label, options in given.items()}
+    times, failures = in_turns(works, repeats, 1, lambda text: say(f"{name}: {text}"))
+    trace, plain, example = (times.get(label, []) for label in (TRACE, PLAIN, EXAMPLE))
+    medians = _median(trace), _median(plain), _median(example)
+    return ModelRow(name, nodes, sites, *medians, _ratio(plain, trace), _ratio(example, trace), failures)
+
+
+def measure_growth(graph: str, size: int, repeats: int, say: Callable[[str], None]) -> GrowthRow:
+    """Times `symbolic_trace` and `fxsd.transform` on a graph of `GRAPHS`.
+
+    Raises:
+        FxsdError: one of the two fails, which it never should.
+    """
+    small = GRAPHS[graph](8)  # the first call of a process pays for imports
+    with _quiet():
+        fx.symbolic_trace(small)
+        fxsd.transform(small)
+    say(f"building {graph} {size:,}")
+    model = GRAPHS[graph](size)
+    results: list[nn.Module] = []
+
+    def work() -> nn.Module:
+        gm = fxsd.transform(model)
+        if not results:
+            results.append(gm)  # where sites and nodes are counted: to look for them apart would take as long again
+        return gm
+
+    works: dict[str, Callable[[], object]] = {TRACE: partial(fx.symbolic_trace, model), PLAIN: work}
+    times, failures = in_turns(works, repeats, 0, lambda text: say(f"{graph} {size:,}: {text}"))
+    if failures:
+        raise FxsdError(f"{graph} of size {size}: {'; '.join(failures)}")
+    found = fxsd.sites(results[0])
+    sites = len(found)
+    nodes = len(found[0].add.graph.nodes) - sites  # as captured: a site adds one
+    trace, own = median(times[TRACE]), median(times[PLAIN])
+    ratio = median(a / b for a, b in zip(times[PLAIN], times[TRACE], strict=True))
+    return GrowthRow(graph, size, nodes, sites, trace, own, own / nodes, ratio)
+
+
+def in_turns(
+    works: Mapping[str, Callable[[], object]], repeats: int, warm_ups: int, say: Callable[[str], None]
+) -> tuple[dict[str, list[float]], tuple[str, ...]]:
+    """Runs `works` in turns, `repeats` rounds after `warm_ups` that do not count.
+
+    Returns:
+        label -> ms a round, none for work that fails; and a sentence for each work that fails.
+    """
+    times: dict[str, list[float]] = {label: [] for label in works}
+    failed: dict[str, str] = {}
+    for turn in range(warm_ups + repeats):
+        for label, work in works.items():
+            if label in failed:
+                continue
+            say(f"round {turn + 1} of {warm_ups + repeats}, {label}")
+            try:
+                ms = milliseconds(work)
+            except Exception as error:  # tracing runs the model's own code
+                failed[label] = f"{label}: {_line(error)}"
+                times[label] = []
+                continue
+            if turn >= warm_ups:
+                times[label].append(ms)
+    return times, tuple(failed.values())
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """How long `work` takes, without letting go of its result. Garbage of earlier work is collected before."""
+    gc.collect()
+    with _quiet():
+        began = time.perf_counter()
+        result = work()
+        taken = time.perf_counter() - began
+    del result
+    return taken * 1e3
+
+
+def example_shape(name: str, model: nn.Module) -> tuple[int, ...] | None:
+    """The shape of an input for two samples; None where the name of the model does not tell."""
+    source, _, item = name.partition(":")
+    if source == "timm":
+        size: Any = getattr(model, "default_cfg", {}).get("input_size")
+        return size and (2, *size)
+    if source != "torchvision":
+        return None
+    from torchvision import models
+
+    if item in models.list_models(models.video):
+        side = 224 if item.startswith(("mvit", "s3d")) else 112
+        return 2, 3, 16, side, side
+    if item in (*models.list_models(models.detection), *models.list_models(models.optical_flow)):
+        return None  # they take lists of images, or two at a time
+    side = 299 if item.startswith("inception") else 224
+    return 2, 3, side, side
+
+
+def _build(name: str) -> nn.Module:
+    with _quiet():
+        return load(name)
+
+
+def _look(model: nn.Module, ways: Sequence[dict[str, Any]]) -> tuple[int | None, int | None]:
+    """Nodes of the captured graph, or of the traced one where no add leads to it, and sites, for the first way in which capture works."""
+    for options in ways:
+        with _quiet():
+            try:
+                found = fxsd.analyze(model, **options)
+            except FxsdError:
+                continue
+            adds = [*(site.add for site in found.sites), *(rejected.add for rejected in found.rejected)]
+            if adds:
+                return len(adds[0].graph.nodes), len(found.sites)
+            try:
+                return len(fx.symbolic_trace(model).graph.nodes), 0
+            except Exception:  # the model's own code
+                return None, 0
+    return None, None
+
+
+def _median(times: Sequence[float]) -> float | None:
+    return median(times) if times else None
+
+
+def _ratio(times: Sequence[float], base: Sequence[float]) -> float | None:
+    return median(a / b for a, b in zip(times, base, strict=True)) if times and base else None
+
+
+# --- graphs that grow -----------------------------------------------------------------------------------------------------
+
+
+def light() -> nn.Sequential:
+    """The smallest branch that is worth dropping: two nodes."""
+    return nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+
+
+class Block(nn.Module):
+    """A residual block of three nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = light()
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch: Tensor = self.branch(x)
+        return x + branch
+
+
+class Fan(nn.Module):
+    """`n` values of the input, and their product; `n` sites add to each value, made early, a branch of the product, made late.
+
+    No value dominates its branch, and the paths between them pass n / 2 products on average.
+    """
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.early = nn.ModuleList(light() for _ in range(n))
+        self.late = nn.ModuleList(light() for _ in range(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [branch(x) for branch in self.early]
+        product = values[0]
+        for value in values[1:]:
+            product = product * value
+        return torch.cat([value + branch(product) for value, branch in zip(values, self.late, strict=True)])
+
+
+class Nest(nn.Module):
+    """A chain of `2 n` values; `n` sites add to the first a branch of the last, to the second one of the last but one, and so on.
+
+    The branches lie around each other, and 2 n + 2 nodes make a branch on average.
+    """
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.early = nn.ModuleList(light() for _ in range(2 * n))
+        self.late = nn.ModuleList(light() for _ in range(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = []
+        for step in self.early:
+            x = step(x)
+            values.append(x)
+        half = len(self.late)
+        pairs = zip(values[:half], reversed(values[half:]), self.late, strict=True)
+        return torch.cat([first + branch(last) for first, last, branch in pairs])
+
+
+def chain(n: int) -> nn.Sequential:
+    """`n` residual blocks in series."""
+    return nn.Sequential(*(Block() for _ in range(n)))
+
+
+GRAPHS: dict[str, Callable[[int], nn.Module]] = {"chain": chain, "fan": Fan, "nest": Nest}
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fxsd": fxsd.__version__,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def _show_models(rows: Sequence[ModelRow]) -> None:
+    table = _table("Models: ms, and times symbolic_trace", "model", "nodes", "sites", "trace", "fxsd", "ratio", "with inputs", "ratio")
+    for r in rows:
+        figures = (r.nodes, r.sites, r.trace_ms, r.fxsd_ms, r.ratio, r.fxsd_example_ms, r.ratio_example)
+        table.add_row(r.model, *(_figure(f) for f in figures))
+    notes = ["A model without sites is analyzed: there is nothing to rewrite."] if any(r.sites == 0 for r in rows) else []
+    _print(table, *(Text(note) for note in (*notes, *(f"{r.model}: {failure}" for r in rows for failure in r.failures))))
+
+
+def _show_growth(rows: Sequence[GrowthRow]) -> None:
+    if not rows:
+        return
+    table = _table("Growth: ms, and times symbolic_trace", "graph", "size", "nodes", "sites", "trace", "fxsd", "fxsd / node", "ratio")
+    for r in rows:
+        figures = (r.size, r.nodes, r.sites, r.trace_ms, r.fxsd_ms)
+        table.add_row(r.graph, *(_figure(f) for f in figures), f"{r.fxsd_ms_per_node:.3f}", _figure(r.ratio))
+    _print(table)
+
+
+def _print(*parts: RenderableType) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for part in parts:
+        console.print(part)
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 160 else text[:157] + '...'}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, and standard error is no terminal: fxsd then starts no spinner, which would take time from what is measured."""
+    with warnings.catch_warnings(), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal's standard error, drawn between the timed calls and by no thread of its own. Gives `say(text, done=0)`."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    hidden = not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, redirect_stderr=False, transient=True, disable=hidden) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda text, done=0: bar.update(task, description=text, advance=done, refresh=True)
+
+
+# --- the command line -----------------------------------------------------------------------------------------------------
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    names = list(args.model or ())
+    if args.zoo:
+        from torchvision import models
+
+        names += [f"torchvision:{name}" for name in models.list_models(models)]
+    if not names:
+        names = [f"torchvision:{name}" for name in (QUICK_MODELS if args.quick else MODELS)]
+    return list(dict.fromkeys(names))
+
+
+def _sizes(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """(graph, size) of each row of the second table."""
+    long, wide = ((250, 1_000), (50, 200)) if args.quick else ((5_000, 10_000, 20_000), (500, 1_000, 2_000))
+    chains = long if args.chain is None else args.chain
+    merges = wide if args.merges is None else args.merges
+    return [("chain", n) for n in chains] + [(graph, n) for graph in ("fan", "nest") for n in merges]
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, but got {text!r}")
+    return int(text)
+
+
+def _shape(text: str) -> list[int]:
+    return [_positive(part) for part in text.split("x")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bench", description="Measures fxsd.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_transform(commands.add_parser("transform", help="the time of fxsd.transform against torch.fx.symbolic_trace alone"))
+    return parser
+
+
+def _add_transform(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=transform)
+    names = "torchvision:NAME, timm:NAME or package.module:factory; may be given several times"
+    parser.add_argument("--model", metavar="MODEL", action="append", help=names)
+    parser.add_argument("--zoo", action="store_true", help="all torchvision classification models")
+    parser.add_argument(
+        "--shape", metavar="2x3x224x224", type=_shape, help="of the example input, where the name of the model does not tell"
+    )
+    parser.add_argument("--repeats", metavar="N", type=_positive, help="rounds over a model, after one that does not count; default 7")
+    parser.add_argument("--quick", action="store_true", help="fewer models, smaller graphs and 2 rounds: half a minute")
+    parser.add_argument("--json", metavar="FILE", help="writes all figures, with the machine and the settings")
+    growth = parser.add_argument_group("graphs that grow")
+    growth.add_argument(
+        "--chain", metavar="N", type=_positive, nargs="*", help="blocks in series; default 5000 10000 20000, '--chain' for none"
+    )
+    growth.add_argument(
+        "--merges", metavar="N", type=_positive, nargs="*", help="of wide graphs; default 500 1000 2000, '--merges' for none"
+    )
+    growth.add_argument("--growth-repeats", metavar="N", type=_positive, default=1, help="rounds over each; default 1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
