@@ -12,6 +12,7 @@ import operator
 import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from types import MappingProxyType, MethodType
 from typing import Any, ClassVar, cast
@@ -103,7 +104,7 @@ def replace_inside(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -
 def build(root: nn.Module, graph: fx.Graph, eval_graph: fx.Graph | None = None) -> StochasticGraphModule:
     """The GraphModule over a tree of its own. Plain attributes of the root carry over, but for names that a GraphModule needs itself."""
     taken = set(dir(fx.GraphModule)) - set(dir(nn.Module)) | _GENERATED
-    own = vars(fx.GraphModule(nn.Module(), fx.Graph()))
+    own = {k: copy.copy(v) for k, v in _graph_module_attributes().items()}
     state = {k: v for k, v in (own | root.__dict__).items() if k not in taken}
     return _fill(_empty(type(root)), state, graph, eval_graph)
 
@@ -119,6 +120,12 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
         result.meta = copy.copy(old.meta)
     new._codegen = copy.deepcopy(graph._codegen)
     return new
+
+
+@cache
+def _graph_module_attributes() -> dict[str, Any]:
+    """What a GraphModule has besides the attributes of every module."""
+    return {k: v for k, v in vars(fx.GraphModule(nn.Module(), fx.Graph())).items() if k not in vars(nn.Module())}
 
 
 class _Tree:
@@ -144,7 +151,7 @@ class _Tree:
             self._copies[module] = new = object.__new__(type(module))
             new.__dict__.update(module.__dict__)
             for hooks in _HOOKS:
-                new.__dict__[hooks] = copy.copy(module.__dict__[hooks]) if hooks in module.__dict__ else {}
+                new.__dict__[hooks] = module.__dict__[hooks].copy() if module.__dict__.get(hooks) else {}
             new.__dict__["_modules"] = {
                 name: child if child is None else self._copy(child, opened) for name, child in module._modules.items()
             }

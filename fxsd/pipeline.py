@@ -215,6 +215,8 @@ def _in_order(found: Sequence[Found], order: Mapping[fx.Node, int]) -> Found:
 def _select(model: nn.Module, found: Found, options: Options, check: bool = True) -> tuple[list[Residual], list[RejectedAdd]]:
     """Splits the residual adds into those that the user wants and those that he does not."""
     targets = options.target_layer_name
+    if not (targets or options.include or options.exclude):
+        return list(found.residuals), []
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
     for argument, globs in (("include", options.include), ("exclude", options.exclude)):
         for glob in globs:

@@ -242,6 +242,8 @@ class PiecesOnly(nn.Module):
         self.stage = Stage(2)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.shape[0] == 2:
+            raise ValueError("targets are missing")  # as detectors say in training: how modules are called is seen in eval mode
         for block in self.stage.blocks:
             x = block(x)
             if x.sum() > 0:
@@ -253,7 +255,7 @@ def test_a_module_that_is_not_called_is_not_what_is_replaced():
     gm = fxsd.transform(PiecesOnly(), 1.0, drop_distribution="uniform", example_inputs=(torch.randn(2, 8),))
     assert type(gm.stage) is Stage
     assert [s.name for s in fxsd.sites(gm)] == ["stage.blocks.0", "stage.blocks.1"]
-    x = torch.randn(2, 8)
+    x = torch.randn(3, 8)
     assert torch.equal(gm.train()(x).abs(), x.abs())
 
 

@@ -115,8 +115,9 @@ class _Capturer:
 
     def __init__(self, model: nn.Module, call: Call | None, owners_of_sites: Callable[[Part], Set[str]], snapshot: Snapshot) -> None:
         self.model, self.call, self.owners_of_sites, self.snapshot = model, call, owners_of_sites, snapshot
-        self.drops = drop_paths(model)
-        self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        drops = drop_paths(model)
+        self.drop_paths = frozenset(path for path, module in model.named_modules() if module in drops) if drops else frozenset()
+        self.fakes = None if call is None else FakeTensorMode(allow_non_fake_inputs=True)  # its first use imports much of torch
         self.parts: list[Part] = []
         self.opaque: dict[str, str] = {}
         self.failed: dict[str, str] = {}
@@ -127,13 +128,12 @@ class _Capturer:
     def captured(self) -> Captured:
         order = {path: place for place, path in enumerate(self.observed)} if len(self.parts) > 1 else {}
         parts = sorted(self.parts, key=lambda part: order.get(part.path, len(order)))
-        known = frozenset(name for name, module in self.model.named_modules() if module in self.drops)
         hidden: dict[str, int] = {}
         for path in sorted(self.failed, key=lambda path: -path.count(".") - bool(path)):  # inner ones first
             module = self.model.get_submodule(path)
             hidden[path] = hidden_residual_adds(module, self.reached)
             self.reached.update(module.modules())
-        return Captured(self.model, tuple(parts), known, self.opaque, self.failed, {path: n for path, n in hidden.items() if n})
+        return Captured(self.model, tuple(parts), self.drop_paths, self.opaque, self.failed, {path: n for path, n in hidden.items() if n})
 
     def module(self, path: str, module: nn.Module) -> None:
         """Captures `module` as one part, or else the modules in it."""
@@ -166,7 +166,7 @@ class _Capturer:
 
     def part(self, path: str, module: nn.Module) -> Set[str]:
         """Captures `module` as one part. Returns the paths of modules in it that stay calls and yet hold residual adds."""
-        known = frozenset(_join(path, name) for name, inner in module.named_modules() if inner in self.drops)
+        known = frozenset(name for name in self.drop_paths if within(name, path))
         if isinstance(module, fx.GraphModule):
             eval_graph = getattr(module, "eval_graph", None)
             graphs = tuple(copy_graph(graph) for graph in (module.graph, eval_graph) if graph is not None)
@@ -185,7 +185,7 @@ class _Capturer:
                 tracer.trace_model(module, call)
                 self.snapshot.restore(module)  # the next trace must not see the values of this one
                 tracers.append(tracer)
-            if len({str(tracer.graph) for tracer in tracers}) > 1:
+            if any(str(tracer.graph) != str(tracers[0].graph) for tracer in tracers[1:]):
                 raise CaptureError(f"module {path!r} ({type(module).__name__}) is called in ways that make it run different code.")
             return tracers[0]
 
@@ -215,7 +215,7 @@ class _Capturer:
     @property
     def observed(self) -> dict[str, list[Call]]:
         if self._observed is None:
-            self._observed = {} if self.call is None else observed(self.model, self.call, self.fakes)
+            self._observed = observed(self.model, self.call, self.fakes) if self.call and self.fakes else {}
             self.snapshot.restore(self.model)
         return self._observed
 

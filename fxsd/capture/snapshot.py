@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -17,20 +18,19 @@ class Snapshot:
     """The attributes of every module of a model, and the containers in them, as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._kept = {module: _shallow(module.__dict__) for module in model.modules()}
+        self._kept = {module: _Kept(module.__dict__) for module in model.modules()}
 
     def restore(self, part: nn.Module) -> None:
         """Puts back `part` and every module in it."""
         for module in self._inside(part):
-            _restore(module.__dict__, self._kept[module])
+            self._kept[module].restore(module.__dict__)
 
     def _inside(self, part: nn.Module) -> set[nn.Module]:
         """The modules in `part` at the time of the snapshot, whatever a trace did to the tree since."""
         found, stack = {part}, [part]
         while stack:
-            kept = self._kept[stack.pop()]["_modules"][1]
-            new = {child for child in kept.values() if child is not None and child not in found}
-            found |= new
+            new = [child for child in self._kept[stack.pop()].modules if child not in found]
+            found.update(new)
             stack.extend(new)
         return found
 
@@ -46,27 +46,38 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
             snapshot.restore(model)
 
 
-def _shallow(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """name -> (the object itself, a copy of what it holds if it is a container)."""
-    return {k: (v, v.copy() if isinstance(v, (dict, list, set)) else None) for k, v in attributes.items()}
+class _Kept:
+    """The attributes of one module, as they were. Comparing them is what takes the time of a restore: it is left to C."""
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        self._attributes = attributes.copy()
+        self.modules = [child for child in attributes["_modules"].values() if child is not None]
+        containers = [value for value in attributes.values() if isinstance(value, (dict, list, set))]
+        self._empty = [container for container in containers if not container]
+        self._full = [(container, container.copy()) for container in containers if container]
+
+    def restore(self, attributes: dict[str, Any]) -> None:
+        if not _same(attributes, self._attributes):
+            attributes.clear()
+            attributes.update(self._attributes)
+        for container, content in self._full:
+            if not _same(container, content):
+                if isinstance(container, list):
+                    container[:] = content
+                else:
+                    container.clear()
+                    container.update(content)
+        if any(self._empty):
+            for container in self._empty:
+                container.clear()
 
 
-def _restore(attributes: dict[str, Any], kept: dict[str, tuple[Any, Any]]) -> None:
-    for name in attributes.keys() - kept.keys():
-        del attributes[name]
-    for name, (value, content) in kept.items():
-        attributes[name] = value
-        if isinstance(value, (dict, set)):
-            if value != content if isinstance(value, set) else not _same(value, content):
-                value.clear()
-                value.update(content)
-        elif isinstance(value, list) and not _same_items(value, content):
-            value[:] = content
-
-
-def _same(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
-    return list(a) == list(b) and _same_items(list(a.values()), list(b.values()))
-
-
-def _same_items(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+def _same(a: Any, b: Any) -> bool:
+    """Do two containers hold the very same objects?"""
+    if len(a) != len(b):
+        return False
+    if isinstance(a, set):
+        return bool(a == b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(map(is_, a.values(), b.values()))
+    return all(map(is_, a, b))

@@ -18,6 +18,7 @@ from fxsd.capture.calls import Call
 from fxsd.capture.examples import Examples
 from fxsd.capture.guards import check_bound, check_decision
 from fxsd.capture.modes import Flag, live_training
+from fxsd.capture.objects import Constant, MakeObject, is_made_of_attributes
 from fxsd.capture.patches import Untraceable, noticed_contexts, recorded_factories
 from fxsd.capture.proxies import Value, known_types
 from fxsd.capture.signature import bind
@@ -65,12 +66,13 @@ class Tracer(fx.Tracer):
     ) -> None:
         super().__init__()
         self.path, self.leaves, self.training, self.hides_sites, self.restore = path, leaves, training, hides_sites, restore
-        self.fakes = fakes or FakeTensorMode(allow_non_fake_inputs=True)
+        self.fakes = fakes
         self.branched: dict[str, None] = {}
         self.opaque: dict[str, str] = {}
         self.broken: dict[str, str] = {}
         self.constants: dict[str, torch.Tensor] = {} if constants is None else constants
         self._attributes: dict[str, fx.Proxy] = {}
+        self._open: set[int] = set()  # objects that are being made
         self._flags: dict[str, fx.Proxy] = {}
         self.examples: Examples | None = None
         self._decided: dict[tuple[fx.Node, type], Any] = {}
@@ -110,7 +112,8 @@ class Tracer(fx.Tracer):
         target = own or root.forward
         binding = bind(target, self._call)
         if self._call is not None:
-            self.examples = Examples(root, binding.example, self.constants, self.training, self._aside, self.fakes)
+            fakes = self.fakes or FakeTensorMode(allow_non_fake_inputs=True)
+            self.examples = Examples(root, binding.example, self.constants, self.training, self._aside, fakes)
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
         for parameter in binding.parameters:
@@ -266,6 +269,16 @@ class Tracer(fx.Tracer):
                 name = f"{CONSTANTS}.{self._constant(a.detach())}"
                 self.tensor_attrs[a] = name
             return self.create_node("get_attr", name, (), {})
+        if isinstance(a, type):
+            return self.create_node("call_function", Constant(a), (), {})
+        if is_made_of_attributes(a) and not is_dataclass(a):
+            if id(a) in self._open:
+                raise Untraceable(f"it hands on a {type(a).__name__} that refers to itself")
+            self._open.add(id(a))
+            try:
+                return self.create_node("call_function", MakeObject(type(a)), (self.create_arg(vars(a)),), {})
+            finally:
+                self._open.remove(id(a))
         return super().create_arg(a)
 
     def _constant(self, tensor: torch.Tensor) -> str:

@@ -1,0 +1,39 @@
+"""Objects that a forward makes and hands on, such as a key-value cache: made again each time the graph runs, from what they hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class MakeObject:
+    """Makes an instance of `cls` with given attributes, without its `__init__`."""
+
+    cls: type
+    __name__ = "make_object"
+
+    def __call__(self, attributes: dict[str, Any]) -> Any:
+        made: Any = object.__new__(self.cls)
+        made.__dict__.update(attributes)
+        return made
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Gives what cannot be written as source: a class."""
+
+    value: Any
+    __name__ = "constant"
+
+    def __call__(self) -> Any:
+        return self.value
+
+
+def is_made_of_attributes(value: Any) -> bool:
+    """Is `value` an instance of a plain Python class, all of whose state is in its attributes?"""
+    cls: Any = type(value)
+    plain = hasattr(value, "__dict__") and cls.__new__ is object.__new__ and not hasattr(cls, "__slots__")
+    return plain and not callable(value) and not isinstance(value, (nn.Module, type))
