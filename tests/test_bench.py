@@ -80,7 +80,7 @@ def captured(model: nn.Module) -> tuple[tuple[fxsd.ResidualSite, ...], nx.DiGrap
 
 @pytest.mark.parametrize("n", [1, 7, 40])
 def test_a_chain_has_a_site_for_every_block(tool: ModuleType, n: int):
-    sites, graph, _ = captured(tool.chain(n))
+    sites, graph, _ = captured(tool.growing.chain(n))
     assert [site.module for site in sites] == [str(i) for i in range(n)]
     assert len(graph) == 3 * n + 2
     assert [(a, b) for a, b in pairwise(sites) if b.shortcut is not a.add] == []
@@ -88,7 +88,7 @@ def test_a_chain_has_a_site_for_every_block(tool: ModuleType, n: int):
 
 def test_the_sites_of_a_fan_add_an_early_value_to_a_late_one(tool: ModuleType):
     n = 20
-    sites, graph, place = captured(tool.Fan(n))
+    sites, graph, place = captured(tool.growing.Fan(n))
     assert len(graph) == 6 * n + 2
     assert [site.shortcut.target for site in sites] == [f"early.{i}.1" for i in range(n)]
     assert [site.branch.target for site in sites] == [f"late.{i}.1" for i in range(n)]
@@ -102,7 +102,7 @@ def test_the_sites_of_a_fan_add_an_early_value_to_a_late_one(tool: ModuleType):
 
 def test_the_sites_of_a_nest_join_first_and_last(tool: ModuleType):
     n = 20
-    sites, graph, place = captured(tool.Nest(n))
+    sites, graph, place = captured(tool.growing.Nest(n))
     assert len(graph) == 7 * n + 3
     assert [site.shortcut.target for site in sites] == [f"early.{i}.1" for i in range(n)]
     hops = [nx.shortest_path_length(graph, site.shortcut, site.branch) for site in sites]
@@ -116,7 +116,7 @@ def test_building_a_graph_takes_no_part_in_its_time(tool: ModuleType, monkeypatc
 
     def built(n: int) -> nn.Module:
         ran.append(f"build {n}")
-        return tool.Fan(n)
+        return tool.growing.Fan(n)
 
     def timed(work: Callable[[], object]) -> float:
         ran.append("time")
@@ -124,7 +124,7 @@ def test_building_a_graph_takes_no_part_in_its_time(tool: ModuleType, monkeypatc
         ran.append("stop")
         return 1.0
 
-    monkeypatch.setitem(tool.GRAPHS, "fan", built)
+    monkeypatch.setitem(tool.growing.GRAPHS, "fan", built)
     monkeypatch.setattr(tool, "milliseconds", timed)
     row = tool.measure_growth("fan", 5, 2, lambda text: None)
     assert ran == ["build 8", "build 5", *["time", "stop"] * 4]

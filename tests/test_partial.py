@@ -149,6 +149,13 @@ def test_a_transformed_model_of_parts_can_be_transformed_again():
     assert fxsd.analyze(gm, example_inputs=(images(),)).sites[0].name == "body.1.blocks.0"
 
 
+def test_parts_inside_a_graph_are_transformed_again_too():
+    gm = fxsd.transform(nn.Sequential(Block(), Moody(), Moody()), 0.5)
+    again = fxsd.transform(gm, 0.8)
+    assert [(s.name, s.drop_rate) for s in fxsd.sites(again)] == [("0", 0.0), ("1", 0.4), ("2", 0.8)]
+    assert [(s.name, s.drop_rate) for s in fxsd.sites(gm)] == [("0", 0.0), ("1", 0.25), ("2", 0.5)]
+
+
 def test_the_report_says_why_the_root_is_no_graph():
     found = fxsd.analyze(Detector(), example_inputs=(images(),))
     assert len(found.sites) == 3

@@ -23,12 +23,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import growing
 import torch
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from visualize import load
 
 import fxsd
@@ -130,17 +131,17 @@ def measure_model(name: str, model: nn.Module, repeats: int, shape: Sequence[int
 
 
 def measure_growth(graph: str, size: int, repeats: int, say: Callable[[str], None]) -> GrowthRow:
-    """Times `symbolic_trace` and `fxsd.transform` on a graph of `GRAPHS`.
+    """Times `symbolic_trace` and `fxsd.transform` on a graph of `growing.GRAPHS`.
 
     Raises:
         FxsdError: one of the two fails, which it never should.
     """
-    small = GRAPHS[graph](8)  # the first call of a process pays for imports
+    small = growing.GRAPHS[graph](8)  # the first call of a process pays for imports
     with _quiet():
         fx.symbolic_trace(small)
         fxsd.transform(small)
     say(f"building {graph} {size:,}")
-    model = GRAPHS[graph](size)
+    model = growing.GRAPHS[graph](size)
     results: list[nn.Module] = []
 
     def work() -> nn.Module:
@@ -246,74 +247,6 @@ def _median(times: Sequence[float]) -> float | None:
 
 def _ratio(times: Sequence[float], base: Sequence[float]) -> float | None:
     return median(a / b for a, b in zip(times, base, strict=True)) if times and base else None
-
-
-# --- graphs that grow -----------------------------------------------------------------------------------------------------
-
-
-def light() -> nn.Sequential:
-    """The smallest branch that is worth dropping: two nodes."""
-    return nn.Sequential(nn.Linear(1, 1), nn.ReLU())
-
-
-class Block(nn.Module):
-    """A residual block of three nodes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch = light()
-
-    def forward(self, x: Tensor) -> Tensor:
-        branch: Tensor = self.branch(x)
-        return x + branch
-
-
-class Fan(nn.Module):
-    """`n` values of the input, and their product; `n` sites add to each value, made early, a branch of the product, made late.
-
-    No value dominates its branch, and the paths between them pass n / 2 products on average.
-    """
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.early = nn.ModuleList(light() for _ in range(n))
-        self.late = nn.ModuleList(light() for _ in range(n))
-
-    def forward(self, x: Tensor) -> Tensor:
-        values = [branch(x) for branch in self.early]
-        product = values[0]
-        for value in values[1:]:
-            product = product * value
-        return torch.cat([value + branch(product) for value, branch in zip(values, self.late, strict=True)])
-
-
-class Nest(nn.Module):
-    """A chain of `2 n` values; `n` sites add to the first a branch of the last, to the second one of the last but one, and so on.
-
-    The branches lie around each other, and 2 n + 2 nodes make a branch on average.
-    """
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.early = nn.ModuleList(light() for _ in range(2 * n))
-        self.late = nn.ModuleList(light() for _ in range(n))
-
-    def forward(self, x: Tensor) -> Tensor:
-        values = []
-        for step in self.early:
-            x = step(x)
-            values.append(x)
-        half = len(self.late)
-        pairs = zip(values[:half], reversed(values[half:]), self.late, strict=True)
-        return torch.cat([first + branch(last) for first, last, branch in pairs])
-
-
-def chain(n: int) -> nn.Sequential:
-    """`n` residual blocks in series."""
-    return nn.Sequential(*(Block() for _ in range(n)))
-
-
-GRAPHS: dict[str, Callable[[int], nn.Module]] = {"chain": chain, "fan": Fan, "nest": Nest}
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------------
