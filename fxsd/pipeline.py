@@ -202,8 +202,10 @@ def _check_reach(captured: Captured, found: Found, options: Options) -> None:
         for path, why in captured.failed.items():
             if path in captured.hidden:
                 raise CaptureError(why + _lost(captured.hidden[path]))
-    if captured.failed and not found.residuals:
-        raise CaptureError(next(iter(captured.failed.values())))
+    if not captured.parts:
+        raise CaptureError(
+            next(iter(captured.failed.values()), f"{type(captured.model).__name__} has no code of its own, nor has a module in it.")
+        )
 
 
 def _in_order(found: Sequence[Found], order: Mapping[fx.Node, int]) -> Found:

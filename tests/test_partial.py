@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import random
 import warnings
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torchvision
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import fxsd
 
@@ -360,3 +363,134 @@ def test_no_grad_survives():
     gm.train()(torch.randn(2, 8)).sum().backward()
     assert all(p.grad is None for p in gm.stem.parameters())
     assert all(p.grad is not None for p in gm.head.parameters())
+
+
+class Draws(nn.Module):
+    """Skips blocks at random, as `draw` decides."""
+
+    def __init__(self, draw: Any) -> None:
+        super().__init__()
+        self.blocks, self.draw = nn.ModuleList(Block() for _ in range(3)), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if not (self.training and self.draw() < 0.5):
+                x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("draw", [random.random, numpy.random.rand, lambda: random.uniform(0, 1), lambda: torch.rand([])])
+def test_layers_that_are_skipped_at_random_stay_so(draw: Any):
+    torch.manual_seed(0)
+    model = Draws(draw)
+    given = (torch.randn(2, 8),)
+    before = random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist()
+    gm = fxsd.transform(model, 0.0, example_inputs=given)
+    assert (random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist()) == before
+    assert len(fxsd.sites(gm)) == 3
+    x = torch.randn(4, 8)
+    found = []
+    for _ in range(10):
+        outputs = []
+        for each in (model, gm):
+            random.seed(len(found)), numpy.random.seed(len(found)), torch.manual_seed(len(found))
+            outputs.append(each.train()(x))
+        assert torch.equal(*outputs)
+        found.append(outputs[0].sum().item())
+    assert len(set(found)) > 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_stays(reentrant: bool):
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.calls = nn.ModuleList(Block() for _ in range(2)), [0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=reentrant)
+            return x
+
+    gm = fxsd.transform(Checkpointed(), 0.5, example_inputs=(torch.randn(2, 8, requires_grad=True),))
+    assert len(fxsd.sites(gm)) == 2
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    gm.blocks[0].fc1.register_forward_hook(count)
+    gm.train()(torch.randn(2, 8, requires_grad=True)).sum().backward()
+    assert calls == 2  # forward, and again for backward
+
+
+def test_a_hooked_module_with_sites_is_a_part_and_its_hook_runs():
+    model = nn.Sequential(Stage(1), Stage(2))
+    seen = []
+    model[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    gm = fxsd.transform(model, scaling="train")
+    assert [s.name for s in fxsd.sites(gm)] == ["0.blocks.0", "1.blocks.0", "1.blocks.1"]
+    x = torch.randn(2, 8)
+    y = gm.eval()(x)
+    assert len(seen) == 1
+    assert seen[0] is y
+
+
+def test_values_that_a_failed_module_has_changed_are_as_before_it():
+    class Fails(nn.Module):
+        def forward(self, x: Tensor, shape: Any) -> Tensor:
+            x += len(shape)  # both mean something else from here on, in a module that then fails
+            return x if x.sum() > 0 else x * 2
+
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.fails = Block(), Fails()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.block(x)
+            shape = y.shape
+            return self.fails(y, shape) + y + shape[0]
+
+    torch.manual_seed(0)
+    model = Calls()
+    x = torch.randn(2, 8)
+    gm = fxsd.transform(model, scaling="train", example_inputs=(x,))
+    assert isinstance(gm, fx.GraphModule)
+    assert torch.equal(gm.eval()(x), model.eval()(x))
+
+
+class Cache:
+    """What a decoder hands on: no tensor, no container."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.kind = Cache
+
+    def update(self, key: Tensor) -> None:
+        self.keys.append(key)
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        cache = Cache()
+        for block in self.blocks:
+            x = block(x)
+            cache.update(x)
+        return {"out": x, "cache": cache}
+
+
+def test_objects_that_a_forward_makes_are_made_each_time():
+    model = Decoder()
+    gm = pickle.loads(pickle.dumps(fxsd.transform(model, scaling="train")))
+    for batch in (2, 3):
+        x = torch.randn(batch, 8)
+        found, expected = gm.eval()(x), model.eval()(x)
+        assert type(found["cache"]) is Cache
+        assert found["cache"].kind is Cache
+        assert all(torch.equal(a, b) for a, b in zip(found["cache"].keys, expected["cache"].keys, strict=True))

@@ -197,7 +197,7 @@ class _Capturer:
         for program in programs:
             self.opaque |= program.opaque
             self.failed |= program.broken
-        apart |= {name for program in programs for name in program.broken}
+        apart |= {name for program in programs for name in (*program.broken, *program.apart)}
         self._add(Part(path, module, graphs, known, constants), apart)
         return apart
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -68,7 +68,11 @@ class Examples:
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         module = self._root.get_submodule(str(node.target))
         state = {name: self._fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
-        return torch.func.functional_call(module, state, args, kwargs)
+        try:
+            return torch.func.functional_call(module, state, args, kwargs)
+        except Exception:
+            with _evaluating(module):  # what a module only looks at in training, NaNs for example, has no say in shapes
+                return torch.func.functional_call(module, state, args, kwargs)
 
     def _attribute(self, name: str) -> Any:
         path, _, last = name.rpartition(".")
@@ -80,3 +84,15 @@ class Examples:
 
     def _fake(self, value: Any) -> Any:
         return torch.utils._pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = {inner: inner.__dict__["training"] for inner in module.modules()}
+    try:
+        for inner in modes:
+            inner.__dict__["training"] = False
+        yield
+    finally:
+        for inner, mode in modes.items():
+            inner.__dict__["training"] = mode

@@ -35,5 +35,5 @@ class Constant:
 def is_made_of_attributes(value: Any) -> bool:
     """Is `value` an instance of a plain Python class, all of whose state is in its attributes?"""
     cls: Any = type(value)
-    plain = hasattr(value, "__dict__") and cls.__new__ is object.__new__ and not hasattr(cls, "__slots__")
+    plain = hasattr(value, "__dict__") and cls.__new__ is object.__new__ and not any(vars(base).get("__slots__") for base in cls.__mro__)
     return plain and not callable(value) and not isinstance(value, (nn.Module, type))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import pickle
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
+from torch.utils import checkpoint
 
 if TYPE_CHECKING:
     from fxsd.capture.tracer import Tracer
 
 # Called without any proxy these would run once, at trace time, and bake their values (and draws) into the graph.
 _FACTORIES = (
-    "arange", "bernoulli", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint", "randn", "randperm",
-    "tensor", "zeros",
+    "arange", "as_tensor", "asarray", "bernoulli", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint",
+    "randn", "randperm", "tensor", "zeros",
 )  # fmt: skip
+_LIMITS = (torch.finfo, torch.iinfo)  # of a dtype, which may be that of a value of the trace
 _CONTEXTS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast)
 
 
@@ -26,11 +32,11 @@ class Untraceable(Exception):
 @contextmanager
 def recorded_factories(tracer: Tracer) -> Iterator[None]:
     """Factories of tensors are recorded even where no argument is a value of the trace."""
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    originals = {name: getattr(torch, name) for name in (*_FACTORIES, "finfo", "iinfo")}
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
-            if tracer.set_aside:
+            if tracer.set_aside or (function in _LIMITS and not any(isinstance(arg, fx.Proxy) for arg in args)):
                 return function(*args, **kwargs)
             return tracer.create_proxy("call_function", function, args, kwargs)
 
@@ -65,3 +71,36 @@ def noticed_contexts(tracer: Tracer) -> Iterator[None]:
     finally:
         for cls, enter in originals.items():
             cls.__enter__ = enter
+
+
+@contextmanager
+def noticed_draws(tracer: Tracer) -> Iterator[None]:
+    """What Python's or NumPy's `random` gives is a plain number: the graph would draw once and for all."""
+    with ExitStack() as stack:
+        for module in filter(None, (random, sys.modules.get("numpy.random"))):
+            for name in dir(module):
+                draw = getattr(module, name)
+                if type(getattr(draw, "__self__", None)).__name__ in ("Random", "RandomState") and "state" not in name:
+                    setattr(module, name, _refusing(tracer, draw, f"it draws a number with {module.__name__}.{name}"))
+                    stack.callback(setattr, module, name, draw)
+        for name in ("_checkpoint_impl", "_checkpoint_without_reentrant_generator"):  # of which versions of torch have one or both
+            run = getattr(checkpoint, name, None)
+            if run is not None:
+                setattr(checkpoint, name, _refusing(tracer, run, "it checkpoints activations, which a graph would keep"))
+                stack.callback(setattr, checkpoint, name, run)
+        yield
+
+
+def _refusing(tracer: Tracer, function: Callable[..., Any], why: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if tracer.set_aside:
+            return function(*args, **kwargs)
+        raise Untraceable(why)
+
+    return refuse
+
+
+def random_states() -> bytes:
+    """The states of the generators whose numbers a graph would take for constants; equal if nothing was drawn in between."""
+    numpy_random = sys.modules.get("numpy.random")
+    return pickle.dumps((random.getstate(), numpy_random and numpy_random.get_state(), torch.get_rng_state().numpy().tobytes()))

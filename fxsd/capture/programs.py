@@ -32,7 +32,7 @@ def trace_modes(
     train = trace(frozenset(), True)
     if not train.branched:
         return train, None, frozenset()
-    owners = owners_of_sites(train.graph)
+    owners = owners_of_sites(train.graph) | train.broken.keys() | train.apart
     leaves = frozenset(path for path in train.branched if path != root and not any(within(owner, path) for owner in owners))
     if leaves:
         train = trace(leaves, True)

@@ -69,6 +69,7 @@ class Value(fx.Proxy):
 
     def _become(self, written: Value) -> None:
         """After a write in place, this name means what was written, so that the graph shows who depends on it."""
+        self.tracer.journal.append((self, self.node))
         self.node = written.node
 
 
@@ -101,10 +102,11 @@ class Attribute(Value):
     def node(self) -> fx.Node:
         if self._node is None:
             self._node = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {}).node
+            self.tracer.journal.append((self, None))
         return self._node
 
     @node.setter
-    def node(self, node: fx.Node) -> None:
+    def node(self, node: fx.Node | None) -> None:
         self._node = node
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,8 @@ Tracing runs the model's own Python, which may store proxies (`self.attn_map = a
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import is_
@@ -37,13 +39,18 @@ class Snapshot:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[Snapshot]:
-    """On exit the model is as it was, and so is the random state."""
+    """On exit the model is as it was, and so are the random states of torch, Python and NumPy."""
     snapshot = Snapshot(model)
+    python, numpy_random = random.getstate(), sys.modules.get("numpy.random")
+    numpy_state = numpy_random and numpy_random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
             yield snapshot
         finally:
             snapshot.restore(model)
+            random.setstate(python)
+            if numpy_random:
+                numpy_random.set_state(numpy_state)
 
 
 class _Kept:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import traceback
 
-_INNER = ("/torch/fx/", "/fxsd/capture/", "/torch/nn/modules/module.py", "/torch/_compile.py", "/torch/_dynamo/")
+_INNER = (
+    "/fxsd/capture/", "/torch/fx/", "/torch/nn/modules/module.py", "/torch/_", "/torch/utils/", "/torch/functional.py",
+    "/torch/overrides.py", "/torch/_higher_order_ops/",
+)  # fmt: skip
 
 
 def this_line() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.proxy import ParameterProxy
 from torch.nn.utils import parametrize
 
@@ -19,7 +19,7 @@ from fxsd.capture.examples import Examples
 from fxsd.capture.guards import check_bound, check_decision
 from fxsd.capture.modes import Flag, live_training
 from fxsd.capture.objects import Constant, MakeObject, is_made_of_attributes
-from fxsd.capture.patches import Untraceable, noticed_contexts, recorded_factories
+from fxsd.capture.patches import Untraceable, noticed_contexts, noticed_draws, random_states, recorded_factories
 from fxsd.capture.proxies import Value, known_types
 from fxsd.capture.signature import bind
 from fxsd.capture.source import failing_line, this_line
@@ -38,6 +38,7 @@ class Tracer(fx.Tracer):
 
     - `training` stays live (see `modes`); `branched` names the modules whose Python decided on it.
     - A submodule that cannot be traced becomes a leaf. `broken` says why if residual adds are out of reach in it, `opaque` if not.
+      One that must be called, since it has hooks, is a leaf too; `apart` has those with residual adds inside.
     - Nothing is written to the model; `constants` collects the tensors that are made while tracing.
 
     Paths are those in the whole model, but for the targets of nodes, which start at the module that is traced.
@@ -70,6 +71,7 @@ class Tracer(fx.Tracer):
         self.branched: dict[str, None] = {}
         self.opaque: dict[str, str] = {}
         self.broken: dict[str, str] = {}
+        self.apart: set[str] = set()
         self.constants: dict[str, torch.Tensor] = {} if constants is None else constants
         self._attributes: dict[str, fx.Proxy] = {}
         self._open: set[int] = set()  # objects that are being made
@@ -77,6 +79,7 @@ class Tracer(fx.Tracer):
         self.examples: Examples | None = None
         self._decided: dict[tuple[fx.Node, type], Any] = {}
         self.set_aside = False
+        self.journal: list[tuple[Any, fx.Node | None]] = []  # values whose node has changed, and the one before
 
     def trace_model(self, root: nn.Module, call: Call | None) -> fx.Graph:
         """Traces `root`. The caller restores the model (see `snapshot`)."""
@@ -87,13 +90,17 @@ class Tracer(fx.Tracer):
             stack.enter_context(live_training(lambda module: self._read_flag(module)))
             stack.enter_context(recorded_factories(self))
             stack.enter_context(noticed_contexts(self))
+            stack.enter_context(noticed_draws(self))
             if call is not None:
                 stack.enter_context(known_types(self))
             fastpath = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
             stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+            before = random_states()
             try:
                 graph = self.trace(root)
+                if random_states() != before:
+                    raise Untraceable("it draws random numbers, which the graph would draw once and for all")
             except CaptureError:
                 raise
             except Exception as error:
@@ -197,7 +204,10 @@ class Tracer(fx.Tracer):
         else:
             reason = None
         if reason and next(m.children(), None):
-            self.opaque[path] = f"module {path!r} ({type(m).__name__}) {reason}"
+            if self.hides_sites(m):
+                self.apart.add(path)
+            else:
+                self.opaque[path] = f"module {path!r} ({type(m).__name__}) {reason}"
         if reason:
             return True
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _COMPOSITES)
@@ -208,15 +218,14 @@ class Tracer(fx.Tracer):
         path = self.submodule_paths.get(m) if self.submodule_paths else None
         if path is None:
             return self._call_unregistered(m, forward, args, kwargs)
-        last = next(iter(reversed(self.graph.nodes)))
-        stack = dict(self.module_stack)
+        last, written, stack = next(iter(reversed(self.graph.nodes))), len(self.journal), dict(self.module_stack)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:
             path = self._in_model(path)
             kept = self.broken if self.hides_sites(m) else self.opaque
             kept[path] = self._why(path, m, error)
-            self._roll_back(last, stack)
+            self._roll_back(last, written, stack)
             self.restore(m)
             self.leaves |= {path}
             return super().call_module(m, forward, args, kwargs)
@@ -227,7 +236,10 @@ class Tracer(fx.Tracer):
             raise Untraceable(f"it calls a {type(m).__name__} that is not one of its submodules")
         return forward(*args, **kwargs)
 
-    def _roll_back(self, last: fx.Node, stack: dict[str, Any]) -> None:
+    def _roll_back(self, last: fx.Node, written: int, stack: dict[str, Any]) -> None:
+        while len(self.journal) > written:
+            value, node = self.journal.pop()
+            value.node = node
         erased = set()
         for node in reversed(self.graph.nodes):
             if node is last:
@@ -259,10 +271,14 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
+            if a.node._erased:
+                raise Untraceable("it uses a value that a module, which cannot be traced, has left behind")
             return a.node
         if isinstance(a, dict) and type(a) is not dict:  # a ModelOutput, an OrderedDict: built again as what it is
             items = {k: self.create_arg(v) for k, v in a.items()}
             return self.create_node("call_function", type(a), *(((), items) if is_dataclass(a) else ((items,), {})))
+        if isinstance(a, FakeTensor):
+            raise Untraceable("it hands on a tensor that a hook or another side effect of a module has kept")
         if isinstance(a, torch.Tensor):
             name = self._names.get(id(a)) or self.tensor_attrs.get(a)
             if name is None:
