@@ -11,7 +11,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
@@ -30,8 +30,8 @@ class Dominators(Generic[T]):
 
     def __init__(self) -> None:
         # None is the virtual root, from which every node without inputs comes.
-        self._parent: dict[T | None, T | None] = {None: None}
-        self._jump: dict[T | None, T | None] = {None: None}
+        self.parent: dict[T | None, T | None] = {None: None}
+        self.jump: dict[T | None, T | None] = {None: None}
         self._depth: dict[T | None, int] = {None: 0}
 
     def add(self, node: T, inputs: Iterable[T]) -> None:
@@ -40,15 +40,15 @@ class Dominators(Generic[T]):
         parent: T | None = next(known, None)
         for other in known:
             parent = self.nearest_common(parent, other)
-        self._parent[node] = parent
+        self.parent[node] = parent
         self._depth[node] = self._depth[parent] + 1
-        jump = self._jump[parent]
-        same_stride = self._depth[parent] - self._depth[jump] == self._depth[jump] - self._depth[self._jump[jump]]
-        self._jump[node] = self._jump[jump] if same_stride else parent
+        jump = self.jump[parent]
+        same_stride = self._depth[parent] - self._depth[jump] == self._depth[jump] - self._depth[self.jump[jump]]
+        self.jump[node] = self.jump[jump] if same_stride else parent
 
     def nearest_common(self, a: T | None, b: T | None) -> T | None:
         """The last node that every path to `a` and every path to `b` passes; None if they share none."""
-        depth, jump, parent = self._depth, self._jump, self._parent
+        depth, jump, parent = self._depth, self.jump, self.parent
         if depth[a] < depth[b]:
             a, b = b, a
         a = self._climb(a, depth[b])
@@ -56,11 +56,29 @@ class Dominators(Generic[T]):
             a, b = (jump[a], jump[b]) if jump[a] != jump[b] else (parent[a], parent[b])
         return a
 
-    def dominates(self, node: T, of: T) -> bool:
+    def dominates(self, node: T | None, of: T | None) -> bool:
         """Does every path to `of` pass `node`?"""
         return self._depth[node] <= self._depth[of] and self._climb(of, self._depth[node]) == node
 
+    def first_below(self, node: T | None, of: T) -> T:
+        """The first node that every path from `node`, a dominator of `of`, to `of` passes."""
+        found = self._climb(of, self._depth[node] + 1)
+        assert found is not None
+        return found
+
+    def strides(self, node: T, above: T | None) -> Iterator[tuple[T, bool]]:
+        """The way from `node` up to its dominator `above`, which is left out, in few steps.
+
+        Yields:
+            (a node, True) for all from that node up to its jump, which is left out; (a node, False) for that node alone.
+        """
+        top, current = self._depth[above], node
+        while self._depth[current] > top:
+            far = self._depth[self.jump[current]] >= top
+            yield current, far
+            current = self.jump[current] if far else self.parent[current]  # type: ignore[assignment]
+
     def _climb(self, node: T | None, depth: int) -> T | None:
         while self._depth[node] > depth:
-            node = self._jump[node] if self._depth[self._jump[node]] >= depth else self._parent[node]
+            node = self.jump[node] if self._depth[self.jump[node]] >= depth else self.parent[node]
         return node

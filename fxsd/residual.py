@@ -14,17 +14,18 @@ Pure reading of a graph: no edits, no rates, no modules. The rules, in the order
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from fxsd.reach import Reach, cuts
+from fxsd.reach import MANY, NOTHING, Reach, Summary
 from fxsd.values import Kind, is_activation, op_name
 
 _CHAIN = {Kind.VIEW, Kind.SCALE, Kind.DROP}
 _LIGHT = {Kind.NORM, Kind.POOL, Kind.PAD, Kind.NONLINEAR, Kind.RESIZE, Kind.JOIN}
-_WORK = {Kind.LINEAR, Kind.MIX, Kind.OPAQUE, Kind.POOL}
+_HEAVY = {Kind.LINEAR, Kind.MIX, Kind.OPAQUE}
+_WORK = _HEAVY | {Kind.POOL}
 _LINEAR = {Kind.LINEAR, Kind.VIEW, Kind.SCALE, Kind.NORM, Kind.PAD, Kind.DROP, Kind.ADD, Kind.JOIN, Kind.RESIZE, Kind.POOL}
 _BARE = {Kind.LINEAR, Kind.VIEW, Kind.SCALE, Kind.PAD}
 _MERGE = "its branch goes down and up again in resolution: it merges levels, as a U-Net does"
@@ -74,6 +75,8 @@ def find(graph: fx.Graph, kinds: dict[fx.Node, Kind], include: Callable[[str], b
     for node in graph.nodes:
         if is_add(node):
             finder.judge(node)
+        if is_activation(kinds[node]):
+            finder.reach.add(node, marked=node in finder.accepted or node in finder.long_skips)
     order = finder.reach.index
     return Found(
         tuple(sorted(finder.accepted.values(), key=lambda r: order[r.add])),
@@ -110,6 +113,9 @@ class _Finder:
     accepted: dict[fx.Node, Residual] = field(default_factory=dict)
     rejected: dict[fx.Node, RejectedAdd] = field(default_factory=dict)
     long_skips: set[fx.Node] = field(default_factory=set)
+    # x + f(x) + g(x): the second branch has the shortcut of the first. From a sum that was accepted, where its shortcuts lead to:
+    fork_of: dict[fx.Node, fx.Node] = field(default_factory=dict)  # the first value with other users, which may be a fork
+    start_of: dict[fx.Node, fx.Node] = field(default_factory=dict)  # the first value that is no such sum
 
     def __post_init__(self) -> None:
         self.kinds = self.reach.kinds
@@ -125,15 +131,23 @@ class _Finder:
             candidate = self._projection(add, a, b)
         wanted = self.include(owner(add))
         if candidate is None and wanted and len(alive) == 2:
-            candidate = self._smaller_side(add, a, b)
+            candidate = self._smaller_side(add, a, b, exact=True)
         if candidate is None:
             self._reject(add, self._no_shortcut(a, b))
             return
-        reason = self._in_place(candidate) or (None if wanted else self._idle(candidate) or self._nested(candidate))
+        reason = self._in_place(candidate) or (
+            None if wanted else self._feeds(candidate) or self._idle(candidate) or self._nested(candidate)
+        )
         if reason:
             self._reject(add, reason)
         else:
-            self.accepted[add] = candidate
+            self._accept(candidate)
+
+    def _accept(self, candidate: Residual) -> None:
+        add, shortcut = candidate.add, candidate.shortcut
+        self.accepted[add] = candidate
+        self.fork_of[add] = self.fork_of.get(shortcut, shortcut) if len(shortcut.users) == 1 else shortcut
+        self.start_of[add] = self.start_of.get(shortcut, shortcut)
 
     # --- the two sides ----------------------------------------------------------------------------------------------
 
@@ -141,13 +155,13 @@ class _Finder:
         if not is_activation(self.kinds[b]):
             return None
         for node in self._chain(a, _CHAIN):
-            if self.reach.is_ancestor(node, b):
+            if len(node.users) > 1 and self.reach.is_ancestor(node, b):
                 return self._residual(add, b, a, node, "identity")
         return None
 
     def _projection(self, add: fx.Node, a: fx.Node, b: fx.Node) -> Residual | None:
         found = self._smaller_side(add, a, b)
-        if found and self._is_light(found.shortcut, found.fork):
+        if found and self._is_light(found.fork, found.shortcut):
             return found
         return self._conditioned(add, a, b) or self._conditioned(add, b, a)
 
@@ -158,80 +172,99 @@ class _Finder:
         """
         chain: list[fx.Node] = []
         for node in self._chain(shortcut, _CHAIN | _LIGHT | {Kind.LINEAR}):
-            if chain and self.reach.is_ancestor(node, branch):
-                region = self.reach.region(node, branch)
+            if chain and len(node.users) > 1 and self.reach.is_ancestor(node, branch):
                 heavier = self._weight(node, branch) > self._weight(node, shortcut)
-                if heavier and self._is_light(shortcut, node) and self._is_block(add, [*chain, *region]):
+                if (
+                    heavier
+                    and self._is_light(node, shortcut)
+                    and self._is_block(add, chain)
+                    and self._is_block(add, self.reach.region(node, branch))
+                ):
                     return self._residual(add, branch, shortcut, node, "projection")
                 return None
             chain.append(node)
+            if sum(self.kinds[passed] is Kind.LINEAR for passed in chain) > 1:
+                return None
         return None
 
-    def _smaller_side(self, add: fx.Node, a: fx.Node, b: fx.Node) -> Residual | None:
+    def _smaller_side(self, add: fx.Node, a: fx.Node, b: fx.Node, exact: bool = False) -> Residual | None:
         """Of two sides that fork from one node, the one with less work is the shortcut."""
         fork = self.reach.common_fork(a, b)
         if fork is None or fork is a or fork is b:
             return None
-        weight_a, weight_b = (self._weight(fork, side) for side in (a, b))
+        weight_a, weight_b = (self._weight(fork, side, exact) for side in (a, b))
         if weight_a == weight_b:
             return None
         branch, shortcut = (a, b) if weight_a > weight_b else (b, a)
         return self._residual(add, branch, shortcut, fork, "projection")
 
-    def _weight(self, fork: fx.Node, side: fx.Node) -> int:
-        """How much a side does: pools alone make no branch."""
-        return sum(self.kinds[node] in _WORK - {Kind.POOL} for node in self.reach.region(fork, self._first_shortcut(side)))
+    def _weight(self, fork: fx.Node, side: fx.Node, exact: bool = False) -> int:
+        """How much a side does: pools alone make no branch. Up to `MANY`, unless it has to be exact."""
+        counted = len(self._side(fork, side).heavy)
+        if exact and counted == MANY:
+            return sum(self.kinds[node] in _HEAVY for node in self.reach.region(fork, self.start_of.get(side, side)))
+        return counted
 
-    def _first_shortcut(self, side: fx.Node) -> fx.Node:
-        """x + f(x) + g(x): the second branch has the shortcut of the first."""
-        while side in self.accepted:
-            side = self.accepted[side].shortcut
-        return side
+    def _is_light(self, fork: fx.Node, shortcut: fx.Node) -> bool:
+        """At most one linear op from `fork` to `shortcut`, and else only norms, pools, activations, views and plain functions."""
+        side = self._side(fork, shortcut)
+        linears = sum(self.kinds[node] is Kind.LINEAR for node in side.heavy)
+        return linears <= 1 and len(side.heavy) < MANY and not side.sealed and side.kinds <= _CHAIN | _LIGHT | {Kind.LINEAR, Kind.OPAQUE}
 
-    def _is_light(self, shortcut: fx.Node, fork: fx.Node) -> bool:
-        """At most one linear op from `fork` to `shortcut`, and else only norms, pools, activations and views."""
-        region = self.reach.region(fork, self._first_shortcut(shortcut))
-        linears = sum(self.kinds[node] is Kind.LINEAR for node in region)
-        return linears <= 1 and all(self.kinds[n] in _CHAIN | _LIGHT or _is_plain_call(n, self.kinds) for n in region)
+    def _side(self, fork: fx.Node, side: fx.Node) -> Summary:
+        start = self.start_of.get(side, side)
+        return self.reach.summary(fork, start) if self.reach.index[start] > self.reach.index[fork] else NOTHING
 
     def _residual(self, add: fx.Node, branch: fx.Node, shortcut: fx.Node, fork: fx.Node, kind: str) -> Residual:
-        end = self._chain(branch, _CHAIN | {Kind.NORM})
-        existing = next((node for node in end if self.kinds[node] is Kind.DROP), None)
+        existing = next((node for node in self._single_inputs(branch, _CHAIN | {Kind.NORM}) if self.kinds[node] is Kind.DROP), None)
         return Residual(add, branch, shortcut, fork, kind, owner(add), existing)
 
     def _chain(self, node: fx.Node, through: set[Kind]) -> Iterator[fx.Node]:
-        """`node`, and what it comes from through single-input ops of the kinds `through`, nearest first."""
+        """`node`, and what it comes from through single-input ops of the kinds `through` and the shortcuts of accepted sums, nearest first.
+
+        Such sums that have no other user are left out.
+        """
         while True:
-            yield node
-            if node in self.accepted:  # x + f(x) + g(x): the second branch forks where the first one does
-                node = self.accepted[node].shortcut
-                continue
-            constant = self.kinds[node] is Kind.CONSTANT
-            inputs = [
-                arg for arg in node.all_input_nodes if (self.kinds[arg] is Kind.CONSTANT if constant else is_activation(self.kinds[arg]))
-            ]
-            if len(inputs) != 1 or self.kinds[node] not in through | {Kind.CONSTANT}:
+            passed = node
+            for passed in self._single_inputs(node, through):
+                yield passed
+            if passed not in self.accepted:
                 return
-            node = inputs[0]
+            node = self.fork_of[passed]
+
+    def _single_inputs(self, node: fx.Node, through: set[Kind]) -> Iterator[fx.Node]:
+        yield node
+        while (kind := self.kinds[node]) is Kind.CONSTANT or kind in through:
+            constant = kind is Kind.CONSTANT
+            inputs = [arg for arg in node.all_input_nodes if (self.kinds[arg] is Kind.CONSTANT) is constant]
+            inputs = [arg for arg in inputs if constant or is_activation(self.kinds[arg])]
+            if len(inputs) != 1:
+                return
+            yield (node := inputs[0])
 
     # --- what speaks against a candidate: each gives the reason, or None --------------------------------------------------
 
+    def _feeds(self, candidate: Residual) -> str | None:
+        """The shortcut is a constant, as a class token is, but has been added before, as a position embedding may be."""
+        fork, branch = candidate.fork, candidate.branch
+        if not is_activation(self.kinds[fork]) and any(node in self.accepted for node in self.reach.fed(fork, branch)):
+            return "its shortcut is a constant that feeds earlier blocks"
+        return None
+
     def _idle(self, candidate: Residual) -> str | None:
         """The branch does nothing worth dropping, or the add merges what no residual block merges."""
-        region = self.reach.region(candidate.fork, candidate.branch)
-        inside = {self.kinds[node] for node in region}
+        branch = self.reach.summary(candidate.fork, candidate.branch)
         if candidate.existing is None:
-            if not self._work(region):
+            if branch.kinds.isdisjoint(_WORK):
                 return "its branch has no convolution, linear, attention or pooling op: there is nothing to drop"
-            if self._work(region) == 1 and inside <= _BARE:
+            if len(branch.heavy) == 1 and branch.kinds <= _BARE:
                 return "its branch is a single linear op, as in a position encoding"
         if candidate.kind == "projection":
-            if inside <= _LINEAR:
+            if branch.kinds <= _LINEAR:
                 return "both sides are linear, as in reparametrised convolutions"
-            beside = {self.kinds[node] for node in self.reach.region(candidate.fork, candidate.shortcut)}
-            if Kind.RESIZE in inside - beside:
+            if Kind.RESIZE in branch.kinds - self.reach.summary(candidate.fork, candidate.shortcut).kinds:
                 return _MERGE
-        elif Kind.RESIZE in inside and not self._is_block(candidate.add, region):
+        elif Kind.RESIZE in branch.kinds and not self._is_block(candidate.add, self.reach.region(candidate.fork, candidate.branch)):
             return _MERGE
         return None
 
@@ -243,23 +276,33 @@ class _Finder:
 
     def _nested(self, outer: Residual) -> str | None:
         """Residual adds inside the branch: in series they make the outer add a long skip, elsewhere they are its internals."""
-        region = self.reach.region(outer.fork, outer.branch)
-        always = cuts(region, outer.fork)
-        inner = [node for node in region if node in self.accepted]
-        series = [node for node in inner if node in always]
-        if len(series) > 1 or not always.isdisjoint(self.long_skips):
+        fork, branch = outer.fork, outer.branch
+        inside = self.reach.summary(fork, branch)
+        if not inside.sites:
+            return None
+        series = self._blocks(self.reach.marked_in_series(fork, branch))
+        if len(series) > 1:
             self.long_skips.add(outer.add)
-            return f"it is a long skip over residual blocks{' such as ' + series[0].name if series else ''}"
-        if inner and self.kinds[outer.shortcut] is Kind.CONSTANT:
-            return "its shortcut is a constant that feeds earlier blocks"
+            return f"it is a long skip over residual blocks such as {series[0].name}"
         together = [node for node in series if call(node) == call(outer.add)]
-        if together and any(self.kinds[node] is Kind.RESIZE for node in region):
+        if together and Kind.RESIZE in inside.kinds:
             return _MERGE
-        for node in inner:
-            if node not in together and not self.include(owner(node)):
-                del self.accepted[node]
-                self._reject(node, f"it lies inside the branch of the residual add {outer.add.name}")
+        inner = [node for node in self.reach.marked_between(fork, branch) if node in self.accepted]
+        internals = [node for node in inner if node not in together and not self.include(owner(node))]
+        self.reach.unmark(internals, fork, branch)
+        for node in internals:
+            del self.accepted[node]
+            self._reject(node, f"it lies inside the branch of the residual add {outer.add.name}")
         return None
+
+    def _blocks(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        """The residual blocks among nodes in series, until there are two. A long skip counts as the blocks under it."""
+        found: list[fx.Node] = []
+        for node in nodes:
+            found += [node] * (2 if node in self.long_skips else node in self.accepted)
+            if len(found) > 1:
+                break
+        return found
 
     def _in_place(self, candidate: Residual) -> str | None:
         """`branch.add_(shortcut)` writes into the branch; a dropped branch is another tensor, so nobody else may look at it."""
@@ -275,14 +318,11 @@ class _Finder:
 
     def _aliases(self, node: fx.Node) -> list[fx.Node]:
         """The nodes before an in-place write that may share memory with `node`: views of it, and what it is a view of."""
-        seen, stack = {node}, [*self._chain(node, {Kind.VIEW})]
+        seen, stack = {node}, [*self._single_inputs(node, {Kind.VIEW})]
         while stack:
             seen.add(base := stack.pop())
             stack.extend(user for user in base.users if self.kinds[user] is Kind.VIEW and user not in seen)
         return sorted(seen, key=self.reach.index.__getitem__)
-
-    def _work(self, region: list[fx.Node]) -> int:
-        return sum(self.kinds[node] in _WORK for node in region)
 
     def _reject(self, add: fx.Node, reason: str) -> None:
         self.rejected[add] = RejectedAdd(add, owner(add), reason)
@@ -292,9 +332,3 @@ class _Finder:
             if not is_activation(self.kinds[side]):
                 return f"{side.name} is a parameter or a constant, not the output of a branch"
         return "neither side is a shortcut to the other: no common input that one of them leaves as it is or merely projects"
-
-
-def _is_plain_call(node: fx.Node, kinds: dict[fx.Node, Kind]) -> bool:
-    """A linear op, or a function that fx does not look into and that is given no parameters."""
-    opaque_function = kinds[node] is Kind.OPAQUE and node.op == "call_function"
-    return kinds[node] is Kind.LINEAR or (opaque_function and all(kinds[arg] is not Kind.CONSTANT for arg in node.all_input_nodes))
