@@ -17,6 +17,7 @@ from fxsd.residual import Residual
 
 Inside: TypeAlias = "Mapping[fx.Node, Sequence[fx.Graph]]"
 NOTHING: Inside = {}
+_Value: TypeAlias = "str | fx.Node | fx.Graph | None"
 
 _NUMBER = re.compile(r"(^|\.)\d+$")
 _NUMBERED = re.compile(r"\d$")  # encoder_layer_0, block1-0
@@ -54,41 +55,47 @@ def depths(graphs: Sequence[fx.Graph], residuals: Sequence[Residual], depth_by: 
         depth_by: `"block"` or `"add"`, where every add is a block of its own.
         inside: the nodes that call other graphs.
     """
-    blocks = _blocks(residuals) if depth_by == "block" else [r.add.name for r in residuals]
+    blocks = _blocks(residuals) if depth_by == "block" else [f"{r.module}:{r.add.name}" for r in residuals]
     block_of = {residual.add: block for residual, block in zip(residuals, blocks, strict=True)}
-    order = nx.DiGraph()
+    order = nx.DiGraph()  # of blocks, and of values in which paths from several blocks meet
     order.add_nodes_from(blocks)
-    latest: dict[fx.Node, frozenset[str]] = {}  # the blocks that a value comes from, with none between
-    ends: dict[fx.Graph, frozenset[str]] = {}  # the same of what a graph returns
+    latest: dict[fx.Node, _Value] = {}  # what of these a value comes from last
+    ends: dict[fx.Graph, _Value] = {}  # the same of what a graph returns
 
-    def walk(graph: fx.Graph, start: frozenset[str]) -> frozenset[str]:
-        if graph in ends:  # called again
-            return start | ends[graph]
-        before = start
+    def meet(before: set[_Value], here: _Value) -> _Value:
+        before.discard(None)
+        if len(before) < 2:
+            return next(iter(before), None)
+        order.add_edges_from((other, here) for other in before)
+        return here
+
+    def walk(graph: fx.Graph, start: _Value) -> _Value:
+        end = start
         for node in graph.nodes:
-            before = start if node.op == "placeholder" else frozenset().union(*(latest[arg] for arg in node.all_input_nodes))
+            before = {start} if node.op == "placeholder" else {latest[arg] for arg in node.all_input_nodes}
             for inner in inside.get(node, ()):
-                before = walk(inner, before)
+                before = before | {ends[inner]} if inner in ends else {walk(inner, meet(before, inner))}
             if node in block_of:
-                block = block_of[node]
-                order.add_edges_from((other, block) for other in before if other != block)
-                before = frozenset([block])
-            latest[node] = before
-        ends[graph] = before  # of the output, which comes last
-        return before
+                end = block_of[node]
+                order.add_edges_from((other, end) for other in before - {None, end})
+            else:
+                end = meet(before, node)
+            latest[node] = end
+        ends[graph] = end  # of the output, which comes last
+        return end
 
-    end: frozenset[str] = frozenset()
+    end: _Value = None
     for graph in graphs:
-        end = walk(graph, end)
+        if graph not in ends:
+            end = walk(graph, end)
     # Blocks that lead to each other in both directions, as interleaved streams do, share a depth.
     groups = nx.condensation(order)
-    depth = {
-        block: generation
-        for generation, members in enumerate(nx.topological_generations(groups))
-        for group in members
-        for block in groups.nodes[group]["members"]
-    }
-    return [depth[block] for block in blocks]
+    group_of = groups.graph["mapping"]
+    counted = {group_of[block] for block in blocks}
+    depth: dict[int, int] = {}
+    for group in nx.topological_sort(groups):
+        depth[group] = max((depth[other] + (other in counted) for other in groups.predecessors(group)), default=0)
+    return [depth[group_of[block]] for block in blocks]
 
 
 def _blocks(residuals: Sequence[Residual]) -> list[str]:
