@@ -46,7 +46,7 @@ def transform(
     The model is not changed. The result shares its parameters, buffers and leaf modules; `copy.deepcopy` the model first for independence.
 
     Args:
-        model: any module that `torch.fx` can trace, whole or with untraceable parts kept as calls.
+        model: any module. Where it cannot be one graph, its largest parts that can be are rewritten.
         drop_rate: probability that a branch is dropped, in [0, 1]; spread over depth by `drop_distribution`.
         drop_distribution: `"linear"`, `"uniform"`, `"huang"`, `"efficientnet"`, `"exponential"`; a callable `f(depth, depths)` that gives
             a factor of `drop_rate`; a sequence with one rate a depth; or a mapping from globs of site names to rates.
@@ -60,16 +60,21 @@ def transform(
         depth_by: `"block"`: the adds of one block (the nearest numbered module around them) share a depth. `"add"`: each has its own.
         existing: stochastic depth already at a site: `"replace"` it, `"keep"` it and leave the site alone, or raise an `"error"`.
         example_inputs: a tuple of args or a dict of kwargs of the call to capture: says which optional arguments are given, and lets
-            Python decide on sizes. Nothing is run: shapes are followed on fake tensors. Sizes stay live where nothing was decided
-            on them; where something was, the result checks it and raises `FxsdError` for inputs that would decide otherwise.
+            Python decide on sizes. Shapes are followed on fake tensors; only a model that cannot be one graph is run, once, in eval
+            mode. Sizes stay live where nothing was decided on them; where something was, the result checks it and raises
+            `FxsdError` for inputs that would decide otherwise.
         subset_batch_norm, sync_ranks: must be False in this version.
 
     Returns:
-        A `torch.fx.GraphModule` with the same state-dict keys, parameters and signature, in the same mode. `train()` and `eval()`
-        act on it as on the model; `torch.compile(gm, fullgraph=True)` takes it whole.
+        A `torch.fx.GraphModule` that is an instance of the model's class too, with the same state-dict keys, parameters and signature, in
+        the same mode. `train()` and `eval()` act on it as on the model; `torch.compile(gm, fullgraph=True)` takes it whole. Where
+        the model cannot be one graph: a shallow copy of it whose parts are such GraphModules.
 
     Raises:
         FxsdError: an argument is out of range, the model cannot be captured, or it has no residual add.
+
+    Warns:
+        UserWarning: some residual adds lie in code that could not be captured, and stay as they are.
 
     References:
         Huang et al., "Deep Networks with Stochastic Depth", 2016, https://arxiv.org/abs/1603.09382
@@ -119,8 +124,8 @@ def analyze(model: nn.Module, drop_rate: float = 0.1, **options: Any) -> Analysi
         model, drop_rate, **options: as for `fxsd.transform`.
 
     Returns:
-        An `Analysis`: `sites`, `rejected` (every other tensor add, with the reason) and `notes`; `print()` shows them as tables.
-        A model without residual adds has no sites.
+        An `Analysis`: `sites`, `rejected` (every other tensor add, with the reason) and `notes` (what stayed a call or Python, and how
+        many residual adds lie in it); `print()` shows them as tables. A model without residual adds has no sites.
 
     Raises:
         FxsdError: as `fxsd.transform`, but for models without sites.

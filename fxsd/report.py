@@ -27,7 +27,7 @@ class Analysis:
         model: class name of the model.
         sites: the adds that `fxsd.transform` would rewrite, in topological order.
         rejected: every other tensor add, each with a sentence why.
-        notes: modules that were kept as calls, and stochastic depth that stays.
+        notes: modules that were kept as calls or as Python, with the residual adds in them, and stochastic depth that stays.
     """
 
     model: str
