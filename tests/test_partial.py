@@ -494,3 +494,48 @@ def test_objects_that_a_forward_makes_are_made_each_time():
         assert type(found["cache"]) is Cache
         assert found["cache"].kind is Cache
         assert all(torch.equal(a, b) for a, b in zip(found["cache"].keys, expected["cache"].keys, strict=True))
+
+
+class Attends(nn.Module):
+    """Writes into an object that it is given, in code that no graph can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        y = self.fc(x) if x.sum() > 0 else self.fc(-x)
+        cache.update(y)
+        return y.relu()
+
+
+class AttendingBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attends()
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        return x + self.attention(x, cache)
+
+
+class CachingDecoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(AttendingBlock() for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        cache = Cache()
+        for block in self.blocks:
+            x = block(x, cache)
+        return x, cache.keys
+
+
+def test_an_object_that_a_call_writes_into_is_the_same_one_outside():
+    torch.manual_seed(0)
+    model, x = CachingDecoder(), torch.randn(2, 8)
+    gm = fxsd.transform(model, scaling="train", example_inputs=(x,))
+    assert [s.name for s in fxsd.sites(gm)] == ["blocks.0", "blocks.1"]
+    (expected, keys), (found, found_keys) = model.eval()(x), gm.eval()(x)
+    assert torch.equal(expected, found)
+    assert len(found_keys) == 2
+    assert all(torch.equal(a, b) for a, b in zip(keys, found_keys, strict=True))

@@ -1,4 +1,4 @@
-"""Objects that a forward makes and hands on, such as a key-value cache: made again each time the graph runs, from what they hold."""
+"""Objects that a forward makes and returns, such as a key-value cache: made again each time the graph runs, from what they hold."""
 
 from __future__ import annotations
 

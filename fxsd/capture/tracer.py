@@ -74,6 +74,7 @@ class Tracer(fx.Tracer):
         self.apart: set[str] = set()
         self.constants: dict[str, torch.Tensor] = {} if constants is None else constants
         self._attributes: dict[str, fx.Proxy] = {}
+        self._returning = False
         self._open: set[int] = set()  # objects that are being made
         self._flags: dict[str, fx.Proxy] = {}
         self.examples: Examples | None = None
@@ -142,7 +143,9 @@ class Tracer(fx.Tracer):
         self._read_flag = self._flag
 
         def run(*values):  # type: ignore[no-untyped-def]  # its annotations would show in the generated code
-            return target(*values, **kwargs)
+            result = target(*values, **kwargs)
+            self._returning = True
+            return result
 
         return run, args
 
@@ -288,8 +291,10 @@ class Tracer(fx.Tracer):
         if isinstance(a, type):
             return self.create_node("call_function", Constant(a), (), {})
         if is_made_of_attributes(a) and not is_dataclass(a):
+            if not self._returning:  # what is called would change a copy
+                raise Untraceable(f"it passes on a {type(a).__name__} of its own making")
             if id(a) in self._open:
-                raise Untraceable(f"it hands on a {type(a).__name__} that refers to itself")
+                raise Untraceable(f"it returns a {type(a).__name__} that refers to itself")
             self._open.add(id(a))
             try:
                 return self.create_node("call_function", MakeObject(type(a)), (self.create_arg(vars(a)),), {})
