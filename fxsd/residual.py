@@ -9,6 +9,8 @@ Pure reading of a graph: no edits, no rates, no modules. The rules, in the order
    other operand passes, and the other is nonlinear and does more.
 4. The branch does work: something that mixes positions or channels, and not a single bare linear op.
 5. A branch that holds residual blocks in series is a long skip, not a branch. A residual add inside a branch is its internal.
+6. In `f(x) + g(x) + x` each of f and g that makes a branch by itself is one, if all do.
+7. `x + act(conv(x))`, once, ahead of the numbered blocks that the same module runs, is a position encoding.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 from torch import fx
 
@@ -60,26 +63,35 @@ class Found:
     rejected: tuple[RejectedAdd, ...]
 
 
-def find(graph: fx.Graph, kinds: dict[fx.Node, Kind], include: Callable[[str], bool] = lambda module: False) -> Found:
+def find(
+    graph: fx.Graph,
+    kinds: dict[fx.Node, Kind],
+    include: Callable[[str], bool] = lambda module: False,
+    holds: Callable[[fx.Node], int] = lambda node: 0,
+) -> Found:
     """Finds the residual adds of `graph`.
 
     Args:
         graph: a captured graph, topologically ordered as every fx graph is.
         kinds: the kind of each node, from `fxsd.values.kinds`.
-        include: of which modules the adds are taken even where the rules say no.
+        include: of which modules the adds are taken even where the rules say no; '' is the root.
+        holds: how many sites a `call_module` node holds that are rewritten elsewhere: they count as residual blocks in series.
 
     Returns:
-        The residual adds and the rejected ones, each in graph order.
+        The residual adds and the rejected ones, each in graph order. Two residual adds share their `add` where both its sides are
+        branches: `f(x) + g(x) + x`.
     """
-    finder = _Finder(Reach(graph, kinds), include)
+    finder = _Finder(Reach(graph, kinds), include, holds)
     for node in graph.nodes:
         if is_add(node):
             finder.judge(node)
         if is_activation(kinds[node]):
-            finder.reach.add(node, marked=node in finder.accepted or node in finder.long_skips)
+            finder.reach.add(node, marked=finder.blocks_in(node) > 0)
+    finder.leave_out_position_encodings()
     order = finder.reach.index
+    residuals = (residual for sites in finder.accepted.values() for residual in sites)
     return Found(
-        tuple(sorted(finder.accepted.values(), key=lambda r: order[r.add])),
+        tuple(sorted(residuals, key=lambda r: (order[r.add], operands(r.add).index(r.branch)))),
         tuple(sorted(finder.rejected.values(), key=lambda r: order[r.add])),
     )
 
@@ -110,7 +122,8 @@ def call(node: fx.Node) -> str:
 class _Finder:
     reach: Reach
     include: Callable[[str], bool]
-    accepted: dict[fx.Node, Residual] = field(default_factory=dict)
+    holds: Callable[[fx.Node], int]
+    accepted: dict[fx.Node, list[Residual]] = field(default_factory=dict)  # a sum with its shortcut -> the branches in it
     rejected: dict[fx.Node, RejectedAdd] = field(default_factory=dict)
     long_skips: set[fx.Node] = field(default_factory=set)
     # x + f(x) + g(x): the second branch has the shortcut of the first. From a sum that was accepted, where its shortcuts lead to:
@@ -143,11 +156,45 @@ class _Finder:
         else:
             self._accept(candidate)
 
+    def blocks_in(self, node: fx.Node) -> int:
+        """How many residual blocks a node counts as: 2 says that it stands for blocks in series."""
+        if node.op == "call_module":
+            return self.holds(node)
+        return 2 if node in self.long_skips else int(node in self.accepted)
+
     def _accept(self, candidate: Residual) -> None:
         add, shortcut = candidate.add, candidate.shortcut
-        self.accepted[add] = candidate
+        terms = self._terms(candidate)
+        for inner in {term.add for term in terms}:
+            self.rejected.pop(inner, None)
+            if self.accepted.pop(inner, None):
+                self.reach.unmark([inner], candidate.fork, candidate.branch)
+        self.accepted[add] = terms or [candidate]
         self.fork_of[add] = self.fork_of.get(shortcut, shortcut) if len(shortcut.users) == 1 else shortcut
         self.start_of[add] = self.start_of.get(shortcut, shortcut)
+
+    def _terms(self, outer: Residual) -> list[Residual]:
+        """`f(x) + g(x) + x`: the branches, if each would make one by itself. The parentheses of `x + (f(x) + g(x))` make it one branch."""
+        if outer.kind != "identity" or operands(outer.add)[0] is not outer.branch:
+            return []
+        found: list[Residual] = []
+        rest = outer.branch
+        while is_add(rest) and len(rest.users) == 1 and call(rest) == call(outer.add) and len(set(operands(rest))) == 2:
+            add, (rest, term) = rest, operands(rest)
+            found.append(self._residual(add, term, rest, outer.fork, outer.kind))
+            if not self._is_branch(found[-1]):
+                return []
+        if found:
+            found.append(self._residual(add, rest, term, outer.fork, outer.kind))
+        return found if found and self._is_branch(found[-1]) else []
+
+    def _is_branch(self, candidate: Residual) -> bool:
+        """Does it come from the fork, do something that is not linear, and hold no residual add, now or before?"""
+        fork, branch = candidate.fork, candidate.branch
+        if not is_activation(self.kinds[branch]) or not self.reach.is_ancestor(fork, branch) or self._in_place(candidate):
+            return False
+        inside = self.reach.summary(fork, branch)
+        return not inside.sites and (candidate.existing is not None or not (self._idle(candidate) or inside.kinds <= _LINEAR))
 
     # --- the two sides ----------------------------------------------------------------------------------------------
 
@@ -284,25 +331,56 @@ class _Finder:
         if len(series) > 1:
             self.long_skips.add(outer.add)
             return f"it is a long skip over residual blocks such as {series[0].name}"
-        together = [node for node in series if call(node) == call(outer.add)]
-        if together and Kind.RESIZE in inside.kinds:
+        together = [node for node in series if node in self.accepted and call(node) == call(outer.add)]
+        if series and not together and self._is_global(outer, series[0]):
+            self.long_skips.add(outer.add)
+            return f"it is a long skip over the residual block {series[0].name} and more"
+        if series and Kind.RESIZE in inside.kinds:
             return _MERGE
         inner = [node for node in self.reach.marked_between(fork, branch) if node in self.accepted]
+        for node in together:  # y + f(y) + g(y): one block, two adds
+            shortcut = self.accepted[node][0].shortcut
+            if shortcut in inner and call(shortcut) == call(outer.add):
+                together.append(shortcut)
         internals = [node for node in inner if node not in together and not self.include(owner(node))]
         self.reach.unmark(internals, fork, branch)
         for node in internals:
-            del self.accepted[node]
-            self._reject(node, f"it lies inside the branch of the residual add {outer.add.name}")
+            for add in {node, *(residual.add for residual in self.accepted.pop(node))}:
+                self._reject(add, f"it lies inside the branch of the residual add {outer.add.name}")
         return None
 
     def _blocks(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-        """The residual blocks among nodes in series, until there are two. A long skip counts as the blocks under it."""
+        """The residual blocks among nodes in series, until there are two."""
         found: list[fx.Node] = []
         for node in nodes:
-            found += [node] * (2 if node in self.long_skips else node in self.accepted)
+            found += [node] * self.blocks_in(node)
             if len(found) > 1:
                 break
         return found
+
+    def _is_global(self, outer: Residual, block: fx.Node) -> bool:
+        """The add around all of a network, with one residual block and other work in its branch: the block is numbered, it is not."""
+        if block not in self.accepted or _NUMBERED.search(owner(outer.add)) or not _NUMBERED.search(owner(block)):
+            return False
+        parts = [(outer.fork, self.accepted[block][0].fork), (block, outer.branch)]
+        return any(not self.reach.summary(a, b).kinds.isdisjoint(_WORK) for a, b in parts if self.reach.is_ancestor(a, b))
+
+    def leave_out_position_encodings(self) -> None:
+        """Takes back `x + act(conv(x))` where a module adds it once, ahead of the numbered blocks that it runs."""
+        order = sorted(self.accepted, key=self.reach.index.__getitem__)
+        first: dict[str, fx.Node] = {}
+        for add in order:
+            for path in ("", *accumulate(owner(add).split("."), "{}.{}".format)):
+                first.setdefault(path, add)
+        for add, following in pairwise(order):
+            path, site = owner(add), self.accepted[add][0]
+            ahead = first[path] is add and owner(following).startswith(f"{path}." if path else "") and _NUMBERED.search(owner(following))
+            if not ahead or _NUMBERED.search(path) or site.kind != "identity" or site.existing or self.include(path):
+                continue
+            branch = self.reach.summary(site.fork, site.branch)
+            if len(branch.heavy) == 1 and branch.kinds <= _BARE | {Kind.NORM, Kind.NONLINEAR}:
+                del self.accepted[add]
+                self._reject(add, "its branch is a single linear op and an activation ahead of the blocks, as in a position encoding")
 
     def _in_place(self, candidate: Residual) -> str | None:
         """`branch.add_(shortcut)` writes into the branch; a dropped branch is another tensor, so nobody else may look at it."""

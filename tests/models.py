@@ -587,6 +587,154 @@ class LateralUNet(PlainUNet):
         return self.leave(self.lateral(x) + F.interpolate(down, scale_factor=2))
 
 
+class ConvBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = convs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return x + drop(self.f(x))
+
+
+class Level(nn.Module):
+    """A level of a residual U-Net, with the levels under it inside: a block on the way down, one on the way up, and a merge."""
+
+    def __init__(self, under: nn.Module, residual: bool = True, transposed: bool = True) -> None:
+        super().__init__()
+        self.enter, self.leave = (ConvBlock() if residual else convs() for _ in range(2))
+        self.down, self.under = nn.Conv2d(WIDTH, WIDTH, 2, 2), under
+        self.up = nn.ConvTranspose2d(WIDTH, WIDTH, 2, 2) if transposed else nn.Upsample(scale_factor=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        return self.leave(x + self.up(self.under(self.down(x))))
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        x = self.enter.dropped(drop, x)
+        return self.leave.dropped(drop, x + self.up(self.under.dropped(drop, self.down(x))))
+
+
+def ResidualUNet() -> Level:
+    return Level(Level(ConvBlock()))
+
+
+def UNet() -> Level:
+    return Level(Level(convs(), residual=False), residual=False)
+
+
+class NumberedUNet(nn.Module):
+    """Every level is a numbered module that runs the levels under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList([Level(Level(ConvBlock(), transposed=False), transposed=False)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.levels[0](x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return self.levels[0].dropped(drop, x)
+
+
+class Decoder(nn.Module):
+    """A numbered block of a U-Net's way up, which gets the other side of its merge from outside."""
+
+    def __init__(self, residual: bool, lateral: bool) -> None:
+        super().__init__()
+        self.up, self.block = nn.ConvTranspose2d(WIDTH, WIDTH, 2, 2), ConvBlock() if residual else convs()
+        self.lateral = nn.Conv2d(WIDTH, WIDTH, 1) if lateral else nn.Identity()
+
+    def forward(self, x: Tensor, across: Tensor) -> Tensor:
+        return self.block(self.up(x) + self.lateral(across))
+
+    def dropped(self, drop: Drop, x: Tensor, across: Tensor) -> Tensor:
+        return self.block.dropped(drop, self.up(x) + self.lateral(across))
+
+
+class UpAndDown(nn.Module):
+    def __init__(self, residual: bool, lateral: bool = False) -> None:
+        super().__init__()
+        self.downs = nn.ModuleList([ConvBlock() if residual else convs() for _ in range(3)])
+        self.ups = nn.ModuleList([Decoder(residual, lateral) for _ in range(2)])
+        self.middle = ConvBlock() if residual else convs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        across = []
+        for down in self.downs:
+            x = down(x)
+            across.append(x)
+            x = F.max_pool2d(x, 2)
+        x = self.middle(x)
+        x = F.interpolate(x, scale_factor=2.0) + across.pop()
+        for up in self.ups:
+            x = up(x, across.pop())
+        return x
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        across = []
+        for down in self.downs:
+            x = down.dropped(drop, x)
+            across.append(x)
+            x = F.max_pool2d(x, 2)
+        x = self.middle.dropped(drop, x)
+        x = F.interpolate(x, scale_factor=2.0) + across.pop()
+        for up in self.ups:
+            x = up.dropped(drop, x, across.pop())
+        return x
+
+
+def LinkNet() -> UpAndDown:
+    return UpAndDown(residual=False)
+
+
+def LinkNetWithLaterals() -> UpAndDown:
+    return UpAndDown(residual=False, lateral=True)
+
+
+def LinkNetOfBlocks() -> UpAndDown:
+    return UpAndDown(residual=True)
+
+
+def LinkNetOfBlocksWithLaterals() -> UpAndDown:
+    return UpAndDown(residual=True, lateral=True)
+
+
+class ConvolvedPosition(nn.Module):
+    """wav2vec 2.0: a position encoding that is a convolution and an activation, ahead of the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Sequential(nn.Conv1d(5, 5, 3, 1, 1, groups=5), nn.GELU())
+        self.layers = nn.ModuleList([BranchRight(), BranchLeft()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.position(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        x = x + self.position(x)
+        for layer in self.layers:
+            x = layer.dropped(drop, x)
+        return x
+
+
+class SmallBranchBetweenBlocks(ConvolvedPosition):
+    """The same add, but not ahead of all blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        return self.layers[1](x + self.position(x))
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        x = self.layers[0].dropped(drop, x)
+        return self.layers[1].dropped(drop, x + drop(self.position(x)))
+
+
 class Subtraction(WithBranch):
     """DnCNN predicts the noise; `shortcut - branch` is no residual add."""
 
@@ -614,6 +762,99 @@ class ParallelSumShortcutLast(WithTwoBranches):
     def dropped(self, drop: Drop, x: Tensor) -> Tensor:
         f, g = self.f(x), self.g(x)
         return drop(f) + drop(g) + x
+
+
+class ThreeTermsShortcutLast(WithTwoBranches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) + self.g(x) + self.h(x) + x
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        f, g, h = self.f(x), self.g(x), self.h(x)
+        return drop(f) + drop(g) + drop(h) + x
+
+
+class ParallelSumShortcutBetween(WithTwoBranches):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) + x + self.g(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        y = drop(self.f(x)) + x
+        return y + drop(self.g(x))
+
+
+class ParallelSumShortcutLastInPlace(WithTwoBranches):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        y += self.g(x)
+        y += x
+        return y
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        f, g = self.f(x), self.g(x)
+        return drop(f) + drop(g) + x
+
+
+class ParallelSumWithSmallBranch(WithTwoBranches):
+    """One branch is so light that it could be the projection of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) + self.g(x) + x
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        f, g = self.f(x), self.g(x)
+        return drop(f) + drop(g) + x
+
+
+class SumInParentheses(WithTwoBranches):
+    """The author makes one branch of two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.f(x) + self.g(x))
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return x + drop(self.f(x) + self.g(x))
+
+
+class SumOfAnotherModule(nn.Module):
+    """The sum of branches is computed by another module than the one that adds the shortcut: one branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = Both()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(x) + x
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return drop(self.both(x)) + x
+
+
+class Both(WithTwoBranches):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) + self.g(x)
+
+
+class LinearTerm(WithBranch):
+    """A sum of which one term is linear stays one branch: that term is the other's shortcut or its bias, and no branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = convs(), nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), nn.BatchNorm2d(WIDTH))
+        self.h = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1), nn.BatchNorm2d(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.g(x) + self.h(x) + x
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return drop(self.g(x) + self.h(x)) + x
 
 
 class ParallelProjections(nn.Module):
@@ -657,6 +898,25 @@ class OuterInOneForward(WithTwoBranches):
         return x + drop(self.g(inner))
 
 
+class ParallelSumInBranch(WithTwoBranches):
+    """The inner sum has two branches, and one call executes all adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = x.tanh()
+        inner = inner + self.f(inner) + self.g(inner)
+        return x + self.h(inner)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        inner = x.tanh()
+        f = drop(self.f(inner))
+        inner = inner + f + drop(self.g(inner))
+        return x + drop(self.h(inner))
+
+
 class LongSkip(nn.Module):
     """EDSR: blocks, and a skip over all of them."""
 
@@ -675,6 +935,40 @@ class LongSkip(nn.Module):
         for block in blocks:
             y = block.dropped(drop, y)
         return x + tail(y)
+
+
+def LongSkipOverOneBlock() -> LongSkip:
+    return LongSkip(1)
+
+
+class NumberedOuter(nn.Module):
+    """The outer add belongs to a numbered block, so that it is the block, whatever its branch is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(LongSkip(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        (block,) = self.blocks
+        x = block.head(x)
+        return x + drop(block.body(x))
+
+
+class AroundOneBlock(nn.Module):
+    """The branch is one numbered block and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(BranchRight())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return x + drop(self.body(x))
 
 
 class NestedLongSkips(nn.Module):
@@ -960,12 +1254,54 @@ CASES = (
     Case(AttentionPooling, token_numbers, (), (CONSTANT,)),
     Case(PlainUNet, images, (), ("as a U-Net does",)),
     Case(LateralUNet, images, (), ("as a U-Net does",)),
+    Case(
+        ResidualUNet,
+        images,
+        tuple((path, "identity") for path in ("enter", "under.enter", "under.under", "under.leave", "leave")),
+        ("as a U-Net does", "as a U-Net does"),
+    ),
+    Case(
+        NumberedUNet,
+        images,
+        tuple((f"levels.0.{path}", "identity") for path in ("enter", "under.enter", "under.under", "under.leave", "leave")),
+        ("as a U-Net does", LONG_SKIP),
+    ),
+    Case(UNet, images, (), ("as a U-Net does", "as a U-Net does")),
+    Case(LinkNet, images, (), ("as a U-Net does",) * 3),
+    Case(LinkNetWithLaterals, images, (), ("as a U-Net does",) * 3),
+    *(
+        Case(
+            factory,
+            images,
+            tuple((path, "identity") for path in ("downs.0", "downs.1", "downs.2", "middle", "ups.0.block", "ups.1.block")),
+            ("as a U-Net does",) * 3,
+        )
+        for factory in (LinkNetOfBlocks, LinkNetOfBlocksWithLaterals)
+    ),
+    Case(
+        ConvolvedPosition,
+        tokens,
+        (("layers.0", "identity"), ("layers.1", "identity")),
+        ("its branch is a single linear op and an activation",),
+    ),
+    Case(SmallBranchBetweenBlocks, tokens, (("layers.0", "identity"), IDENTITY, ("layers.1", "identity"))),
     Case(Subtraction, rows),
     Case(ParallelSum, rows, (IDENTITY, IDENTITY)),
-    Case(ParallelSumShortcutLast, rows, (IDENTITY, IDENTITY), (), "the sum of both branches is taken for one branch"),
+    Case(ParallelSumShortcutLast, rows, (IDENTITY, IDENTITY)),
+    Case(ThreeTermsShortcutLast, rows, (IDENTITY, IDENTITY, IDENTITY)),
+    Case(ParallelSumShortcutBetween, rows, (IDENTITY, IDENTITY)),
+    Case(ParallelSumShortcutLastInPlace, rows, (IDENTITY, IDENTITY)),
+    Case(ParallelSumWithSmallBranch, rows, (IDENTITY, IDENTITY)),
+    Case(SumInParentheses, rows, (IDENTITY,), (NO_SHORTCUT,)),
+    Case(SumOfAnotherModule, rows, (IDENTITY,), (NO_SHORTCUT,)),
+    Case(LinearTerm, images, (IDENTITY,), (NO_SHORTCUT,)),
     Case(ParallelProjections, images, (PROJECTION, PROJECTION)),
     Case(Outer, rows, (IDENTITY,), ("it lies inside the branch of the residual add",)),
     Case(OuterInOneForward, rows, (IDENTITY, IDENTITY)),
+    Case(ParallelSumInBranch, rows, (IDENTITY, IDENTITY, IDENTITY)),
+    Case(LongSkipOverOneBlock, rows, (("body.0", "identity"),), ("it is a long skip over the residual block",)),
+    Case(NumberedOuter, rows, (("blocks.0", "identity"),), ("it lies inside the branch of the residual add",)),
+    Case(AroundOneBlock, rows, (IDENTITY,), ("it lies inside the branch of the residual add",)),
     Case(LongSkip, rows, tuple((f"body.{i}", "identity") for i in range(3)), (LONG_SKIP,)),
     Case(
         NestedLongSkips,

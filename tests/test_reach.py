@@ -190,11 +190,11 @@ def staircase(flow: Flow, n: int) -> int:
     """n blocks, then the input of the last one is added, that of the one before, and so on: each sum takes the blocks under it."""
     values = [flow.input()]
     for i in range(n):
-        values.append(flow.add(values[-1], flow.light(values[-1]), f"blocks.{i}"))
+        values.append(flow.add(values[-1], flow.light(values[-1]), f"block{i}x"))
     x = values[-1]
     for value in reversed(values):
         x = flow.add(x, value)
-    return 2
+    return 3
 
 
 def parallel(flow: Flow, n: int) -> int:
