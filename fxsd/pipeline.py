@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from fxsd import residual
 from fxsd.capture import Captured, Part, capture
+from fxsd.capture.programs import within
 from fxsd.depth import depths, execution_order, prefixes
 from fxsd.errors import CaptureError, FxsdError
 from fxsd.options import Names, Options
@@ -158,9 +159,9 @@ class _Planned:
 
 
 def _plan(model: nn.Module, options: Options) -> _Planned:
-    def find(part: Part, graph: fx.Graph) -> Found:
+    def find(part: Part, graph: fx.Graph, holds: Callable[[fx.Node], int] = lambda node: 0) -> Found:
         found_kinds = kinds(graph, part.module.get_submodule, {part.to_local(path) for path in part.drop_paths})
-        return residual.find(graph, found_kinds, lambda module: _matches(module, options.include))
+        return residual.find(graph, found_kinds, lambda module: _matches(module, options.include), holds)
 
     captured = capture(model, options.example_inputs, lambda part: {r.module for r in find(part, part.graph).residuals})
     if options.existing == "error" and captured.drop_paths:
@@ -168,11 +169,23 @@ def _plan(model: nn.Module, options: Options) -> _Planned:
             f"existing='error', and the model has stochastic depth of its own: {_some(sorted(captured.drop_paths))}. "
             "Use existing='replace' or existing='keep'."
         )
-    inside = {node: [part.graph for part in parts] for node, parts in captured.inside().items()}
-    called = {graph: None for graphs in inside.values() for graph in graphs}
-    graphs = [*(part.graph for part in captured.parts if part.graph not in called), *called]
+    called = captured.inside()
+    inside = {node: [part.graph for part in parts] for node, parts in called.items()}
+    graphs = [part.graph for part in captured.parts if not any(part in parts for parts in called.values())]
+    graphs += [graph for inner in inside.values() for graph in inner]
     order = {node: place for place, node in enumerate(execution_order(graphs, inside))}
-    found = _in_order([find(part, part.graph) for part in captured.parts], order)
+    by_part: dict[str, Found] = {}
+
+    def holds(node: fx.Node) -> int:
+        """How many residual adds lie behind a call: sites of the parts in it, and those that are out of reach."""
+        if node not in called and not captured.hidden:
+            return 0
+        unseen = sum(adds for path, adds in captured.hidden.items() if within(path, captured.path_of(node)))
+        return unseen + sum(len(by_part[part.path].residuals) for part in called.get(node, ()))
+
+    for part in sorted(captured.parts, key=lambda part: len(part.path), reverse=True):  # inner ones first
+        by_part[part.path] = find(part, part.graph, holds)
+    found = _in_order(by_part.values(), order)
     _check_reach(captured, found, options)
     taken, left = _select(model, found, options)
     names = _site_names(taken)
@@ -186,7 +199,7 @@ def _plan(model: nn.Module, options: Options) -> _Planned:
     eval_residuals: dict[str, Residual] = {}
     for part in captured.parts:
         if part.eval_graph is not None:
-            others, _ = _select(model, find(part, part.eval_graph), options, check=False)
+            others, _ = _select(model, find(part, part.eval_graph, holds), options, check=False)
             twins = dict(zip(_site_names(others), others, strict=True))
             eval_residuals |= {
                 plan.name: twins[plan.name] for plan in plans if plan.name in twins and plan.residual.add.graph is part.graph
@@ -213,7 +226,7 @@ def _check_reach(captured: Captured, found: Found, options: Options) -> None:
         )
 
 
-def _in_order(found: Sequence[Found], order: Mapping[fx.Node, int]) -> Found:
+def _in_order(found: Iterable[Found], order: Mapping[fx.Node, int]) -> Found:
     residuals = [r for part in found for r in part.residuals]
     rejected = [r for part in found for r in part.rejected]
     return Found(tuple(sorted(residuals, key=lambda r: order[r.add])), tuple(sorted(rejected, key=lambda r: order[r.add])))
@@ -298,7 +311,9 @@ def _matches(path: str, names: Sequence[str], classes: dict[str, str] | None = N
     """Does a name match `path` or a module around it, as a glob or, where `classes` is given, as a class name?"""
     around = ["", *prefixes(path)]
     return any(
-        (classes is not None and classes.get(part) == name) or (part and fnmatchcase(part, name)) for name in names for part in around
+        (classes is not None and classes.get(part) == name) or ((part or not path) and fnmatchcase(part, name))
+        for name in names
+        for part in around
     )
 
 

@@ -116,7 +116,8 @@ def _sites_of(gm: StochasticGraphModule) -> Iterator[ResidualSite]:
         op = gm.get_submodule(str(node.target))
         if isinstance(op, StochasticDepth) and META in node.meta:
             add, branch = next(iter(node.users)), node.all_input_nodes[0]
-            shortcut = next(side for side in operands(add) if side is not node)
+            other = next(side for side in operands(add) if side is not node)
+            shortcut = other.all_input_nodes[0] if META in other.meta else other  # the sum of two branches has two sites
             fork = named[node.meta[META]["fork"]]
             yield ResidualSite(op.site, op.module, op.depth, op.rate, op.kind, "mask", add, branch, shortcut, fork)
         elif parts:

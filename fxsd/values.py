@@ -43,7 +43,7 @@ _VIEWS = {
     "moveaxis", "contiguous", "squeeze", "unsqueeze", "expand", "expand_as", "view_as", "reshape_as", "to", "type", "type_as", "float",
     "half", "bfloat16", "double", "clone", "detach", "getitem", "narrow", "select", "slice", "chunk", "split", "tensor_split", "unbind",
     "roll", "flip", "alias", "identity", "pos", "dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d",
-    "dropout3d", "data", "real", "requires_grad", "split_with_sizes", "unsafe_chunk", "_to_copy", "tuple", "list",
+    "dropout3d", "as_tensor", "asarray", "data", "real", "requires_grad", "split_with_sizes", "unsafe_chunk", "_to_copy", "tuple", "list",
 }  # fmt: skip
 _SHAPES = {
     "size", "dim", "numel", "nelement", "ndim", "ndimension", "shape", "dtype", "device", "layout", "stride", "storage_offset",
@@ -52,7 +52,7 @@ _SHAPES = {
 }  # fmt: skip
 _FACTORIES = {
     "zeros", "ones", "full", "empty", "arange", "range", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm", "normal",
-    "tensor", "as_tensor", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like", "new_zeros",
+    "tensor", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like", "new_zeros",
     "new_ones", "new_full", "new_empty", "new_tensor", "finfo", "iinfo", "meshgrid", "bernoulli", "tril_indices", "triu_indices",
     "check_bound", "check_decision",
 }  # fmt: skip

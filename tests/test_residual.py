@@ -71,14 +71,7 @@ def test_the_nodes_of_a_site_are_an_add_of_branch_and_shortcut_that_come_from_th
         assert site.fork is not site.branch
 
 
-def reported(param: Any) -> Any:
-    (case,) = param.values
-    shared = case.name.startswith(("ParallelSumShortcutLast", "ThreeTerms", "ParallelSumWithSmallBranch"))
-    why = "where both sides of an add are branches, fxsd.sites gives the op on one of them as the shortcut of the other"
-    return pytest.param(case, id=case.name, marks=[pytest.mark.xfail(strict=True, reason=why)] if shared else [])
-
-
-@pytest.mark.parametrize("case", [reported(param) for param in FOUND])
+@pytest.mark.parametrize("case", FOUND)
 def test_a_transformed_model_reports_the_sites_that_analyze_promised(case: Case):
     model = case.factory()
     promised, made = fxsd.analyze(model, 0.3).sites, fxsd.sites(fxsd.transform(model, 0.3))
