@@ -117,6 +117,9 @@ class Reach:
         """The last activation through which everything goes that `a` and `b` are computed from; None if there is none."""
         return self._tree.nearest_common(a, b)
 
+    def _dominates(self, node: fx.Node, of: fx.Node) -> bool:
+        return is_activation(self.kinds[node]) and self._tree.dominates(node, of)
+
     def _merge(self, node: fx.Node, of: fx.Node) -> fx.Node:
         """The first node through which everything goes from `node`, which does not dominate `of`, to `of`."""
         return self._tree.first_below(self._tree.nearest_common(node, of), of)
@@ -141,7 +144,9 @@ class Reach:
         return self._paths_to(merge, fork)[fork] | self._down(merge, end)
 
     def region(self, fork: fx.Node, end: fx.Node) -> list[fx.Node]:
-        """The activations on the paths from the activation `fork` (left out) to `end` (kept), in order. As slow as they are many."""
+        """The activations on the paths from `fork` (left out) to `end` (kept), in order. As slow as they are many."""
+        if not is_activation(self.kinds[fork]):
+            return sorted(self.fed(fork, end), key=self.index.__getitem__)
         inside: dict[fx.Node, None] = {}
         for node in self._past(end, self.index[fork] + 1):
             if any(arg is fork or arg in inside for arg in self._inputs[node]):
@@ -162,7 +167,7 @@ class Reach:
 
     def marked_in_series(self, fork: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
         """The marked nodes that every path from `fork` to `end` passes."""
-        if not self._tree.dominates(fork, end):
+        if not self._dominates(fork, end):
             region = self.region(fork, end)
             always = _cuts(region, fork)
             yield from (node for node in region if node in always and node in self._marked)
@@ -175,14 +180,14 @@ class Reach:
 
     def marked_between(self, fork: fx.Node, end: fx.Node) -> list[fx.Node]:
         """All marked nodes on the paths from `fork` to `end`, in order."""
-        if not self._tree.dominates(fork, end):
+        if not self._dominates(fork, end):
             return [node for node in self.region(fork, end) if node in self._marked]
         return sorted(self._marked & self._of_interest(fork, end), key=self.index.__getitem__)
 
     def unmark(self, nodes: Iterable[fx.Node], fork: fx.Node, end: fx.Node) -> None:
         """Takes the marks off nodes between `fork` and `end`."""
         self._marked.difference_update(nodes)
-        passed = self._of_interest(fork, end) if self._tree.dominates(fork, end) else set(nodes)
+        passed = self._of_interest(fork, end) if self._dominates(fork, end) else set(nodes)
         for node in sorted(passed, key=self.index.__getitem__):
             if node in self._holding and not self._holds(node):
                 self._holding.remove(node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 
 import pytest
@@ -498,3 +499,37 @@ def test_variable_arguments_need_an_example():
     model = Sum().eval()
     x = torch.randn(2, 8)
     assert torch.equal(fxsd.transform(model, scaling="train", example_inputs=(x, x))(x, x), model(x, x))
+
+
+class Rounds(torch.autograd.Function):
+    """A step forward, the identity backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, levels: int) -> Tensor:
+        return (x * levels).round() / levels
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class Quantised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Rounds.apply(self.fc(x), 4).relu()
+
+
+@pytest.mark.parametrize("example_inputs", [None, (torch.zeros(2, 8),)])
+def test_the_backward_of_an_autograd_function_stays(example_inputs):
+    torch.manual_seed(0)
+    model = nn.Sequential(Residual(Quantised()), Residual(Quantised()))
+    gm = fxsd.transform(model, 0.0, example_inputs=example_inputs)
+    x = torch.randn(3, 8)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    for again in (gm, pickle.loads(pickle.dumps(gm)), torch.compile(gm, fullgraph=True, backend="eager")):
+        found = torch.autograd.grad(again(x).square().sum(), list(again.parameters()))
+        assert all(g.abs().sum() > 0 for g in found)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

@@ -188,6 +188,15 @@ def test_an_untraceable_root_is_named_with_its_line(verb):
     assert issubclass(fxsd.CaptureError, fxsd.FxsdError)
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_a_wrapped_part_with_sites_is_refused_by_name(verb, wrap):
+    model = nn.Sequential(nn.Linear(8, 8), wrap(Stack(ThreeBlocks())))
+    with pytest.raises(fxsd.FxsdError, match=r"module '1' is wrapped in (DataParallel|OptimizedModule) and holds \d+ residual adds"):
+        verb(model)
+    harmless = nn.Sequential(wrap(nn.Linear(8, 8)), Stack(ThreeBlocks()))
+    assert verb(harmless)
+
+
 def test_a_forward_that_raises_is_an_error_with_its_own_words(verb):
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

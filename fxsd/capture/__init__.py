@@ -208,7 +208,7 @@ class _Capturer:
         outside = {self.model.get_submodule(path) for path in apart}
         stack = [part.module]
         while stack:
-            children = {child for child in stack.pop()._modules.values() if child and child not in self.reached and child not in outside}
+            children = {child for child in stack.pop()._modules.values() if child is not None} - self.reached - outside
             self.reached |= children
             stack.extend(children)
 
@@ -223,16 +223,28 @@ class _Capturer:
 def _check(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise FxsdError(f"model must be a torch.nn.Module, but got {type(model).__name__}.")
-    wrapped = getattr(model, "_orig_mod", None) or (
-        getattr(model, "module", None) if type(model).__module__.startswith("torch.nn.parallel") else None
-    )
-    if isinstance(wrapped, nn.Module):
+    inner = _wrapped(model)
+    if inner is not None:
         raise FxsdError(
             f"the model is wrapped in {type(model).__name__}; transform the model inside it first "
-            f"({type(wrapped).__name__}), and compile or distribute the result."
+            f"({type(inner).__name__}), and compile or distribute the result."
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise FxsdError("a ScriptModule has no Python left to trace; transform the model before torch.jit.script.")
+    for path, module in model.named_modules():
+        adds = 0 if _wrapped(module) is None else hidden_residual_adds(module)
+        if adds:
+            raise FxsdError(
+                f"module {path!r} is wrapped in {type(module).__name__} and holds {adds} residual adds; transform the model before "
+                "parts of it are compiled or distributed, or compile and distribute the result."
+            )
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """The module that a wrapper which runs it in its own way is around: compiled, data parallel, sharded."""
+    distributed = type(module).__module__.startswith(("torch.nn.parallel", "torch.distributed"))
+    inner = getattr(module, "module" if distributed else "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else None
 
 
 def _graph_modules(path: str, module: nn.Module, graphs: Sequence[fx.Graph]) -> Iterator[str]:

@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,35 @@ def recorded_factories(tracer: Tracer) -> Iterator[None]:
     finally:
         for name, function in originals.items():
             setattr(torch, name, function)
+
+
+@dataclass(frozen=True)
+class Apply:
+    """Calls an `autograd.Function`, whose backward is not that of the ops in its forward."""
+
+    function: type[torch.autograd.Function]
+    __name__ = "apply"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function.apply(*args, **kwargs)
+
+
+@contextmanager
+def recorded_autograd_functions(tracer: Tracer) -> Iterator[None]:
+    """`autograd.Function`s are recorded whole."""
+    original = vars(torch.autograd.Function)["apply"]
+
+    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        if tracer.set_aside or not any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+            return original.__get__(None, cls)(*args, **kwargs)
+        return tracer.create_proxy("call_function", Apply(cls), args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original
 
 
 @contextmanager

@@ -19,7 +19,14 @@ from fxsd.capture.examples import Examples
 from fxsd.capture.guards import check_bound, check_decision
 from fxsd.capture.modes import Flag, live_training
 from fxsd.capture.objects import Constant, MakeObject, is_made_of_attributes
-from fxsd.capture.patches import Untraceable, noticed_contexts, noticed_draws, random_states, recorded_factories
+from fxsd.capture.patches import (
+    Untraceable,
+    noticed_contexts,
+    noticed_draws,
+    random_states,
+    recorded_autograd_functions,
+    recorded_factories,
+)
 from fxsd.capture.proxies import Value, known_types
 from fxsd.capture.signature import bind
 from fxsd.capture.source import failing_line, this_line
@@ -90,6 +97,7 @@ class Tracer(fx.Tracer):
             self._read_flag: Callable[[nn.Module], Any] = lambda module: module.__dict__["training"]
             stack.enter_context(live_training(lambda module: self._read_flag(module)))
             stack.enter_context(recorded_factories(self))
+            stack.enter_context(recorded_autograd_functions(self))
             stack.enter_context(noticed_contexts(self))
             stack.enter_context(noticed_draws(self))
             if call is not None:
