@@ -252,5 +252,5 @@ def test_the_work_of_finding_sites_and_depths_grows_with_the_graph_and_not_its_s
         sites = shape(flow, n)
         found = residual.find(flow.graph, flow.kinds).residuals
         assert len(found) == sites
-        costs.append(calls(lambda flow=flow, found=found: (residual.find(flow.graph, flow.kinds), depths(flow.graph, found))))
+        costs.append(calls(lambda flow=flow, found=found: (residual.find(flow.graph, flow.kinds), depths([flow.graph], found))))
     assert costs[1] < 5.5 * costs[0]

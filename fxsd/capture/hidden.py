@@ -27,7 +27,7 @@ def hidden_residual_adds(module: nn.Module, reached: Set[nn.Module] = frozenset(
 
 def _is_read(module: nn.Module) -> bool:
     layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    return isinstance(module, layers) or not type(module).__module__.startswith("torch.nn")
+    return isinstance(module, layers) or not type(module).forward.__module__.startswith("torch.nn")
 
 
 def _count(cls: type[nn.Module]) -> int:

@@ -33,6 +33,8 @@ class Value(fx.Proxy):
     is_sparse = is_quantized = is_mkldnn = is_nested
 
     def __getattr__(self, name: str) -> Attribute:  # type: ignore[override]
+        if name.startswith("__"):  # a protocol that no value follows: `__array__`, `__fspath__`
+            raise AttributeError(name)
         return Attribute(self, name)
 
     def __int__(self) -> int:
