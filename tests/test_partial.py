@@ -539,3 +539,54 @@ def test_an_object_that_a_call_writes_into_is_the_same_one_outside():
     assert torch.equal(expected, found)
     assert len(found_keys) == 2
     assert all(torch.equal(a, b) for a, b in zip(keys, found_keys, strict=True))
+
+
+class Numbers(nn.Module):
+    """A residual block whose two modes differ in numbers alone, one of them in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = (-0.5, 0.5) if self.training else (-1.0, 1.0)
+        y = self.fc(x).clamp(low, high) * (2.0 if self.training else 3.0)
+        return x + y.roll((1, 0) if self.training else (2, 0), (1, 0))
+
+
+class Counts(Numbers):
+    """Its two modes are the same ops, but one of them counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.steps += 1
+        return self.fc(x).relu()
+
+
+def test_numbers_that_depend_on_the_mode_are_picked_in_one_graph():
+    torch.manual_seed(0)
+    model = nn.Sequential(Numbers(), Numbers())
+    gm = fxsd.transform(model, 0.0, scaling="train")
+    assert isinstance(gm, fx.GraphModule)
+    assert gm.eval_graph is None
+    assert not any(isinstance(module, fx.GraphModule) for path, module in gm.named_modules() if path)
+    x = torch.randn(4, 8)
+    compiled = torch.compile(gm, fullgraph=True, backend="eager")
+    for frozen in ([], ["0"], ["1"], ["0", "1"]):
+        model.train(), gm.train()
+        for path in frozen:
+            model.get_submodule(path).eval(), gm.get_submodule(path).eval()
+        assert torch.equal(gm(x), model(x)), frozen
+        assert torch.equal(compiled(x), model(x)), frozen
+
+
+def test_python_that_counts_in_training_goes_on_counting():
+    model = nn.Sequential(Block(), Counts())
+    gm = fxsd.transform(model, 0.0)
+    x = torch.randn(4, 8)
+    gm.train()(x), gm(x), gm.eval()(x)
+    assert gm.get_submodule("1").steps == 2

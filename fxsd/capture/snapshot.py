@@ -27,6 +27,10 @@ class Snapshot:
         for module in self._inside(part):
             self._kept[module].restore(module.__dict__)
 
+    def changed(self, part: nn.Module) -> set[nn.Module]:
+        """The modules in `part` whose attributes are not what they were."""
+        return {module for module in self._inside(part) if self._kept[module].differs(module.__dict__)}
+
     def _inside(self, part: nn.Module) -> set[nn.Module]:
         """The modules in `part` at the time of the snapshot, whatever a trace did to the tree since."""
         found, stack = {part}, [part]
@@ -62,6 +66,10 @@ class _Kept:
         containers = [value for value in attributes.values() if isinstance(value, (dict, list, set))]
         self._empty = [container for container in containers if not container]
         self._full = [(container, container.copy()) for container in containers if container]
+
+    def differs(self, attributes: dict[str, Any]) -> bool:
+        same = _same(attributes, self._attributes) and all(_same(container, content) for container, content in self._full)
+        return not same or any(self._empty)
 
     def restore(self, attributes: dict[str, Any]) -> None:
         if not _same(attributes, self._attributes):

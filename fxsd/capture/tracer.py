@@ -79,6 +79,7 @@ class Tracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
         self.broken: dict[str, str] = {}
         self.apart: set[str] = set()
+        self.changed: set[str] = set()  # modules to whose attributes the trace has written, for the caller to say
         self.constants: dict[str, torch.Tensor] = {} if constants is None else constants
         self._attributes: dict[str, fx.Proxy] = {}
         self._returning = False
