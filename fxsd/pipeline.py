@@ -281,6 +281,9 @@ def _site_names(residuals: Sequence[Residual]) -> list[str]:
 def _notes(captured: Captured, at_sites: Set[str], kept: Sequence[str]) -> tuple[str, ...]:
     notes = [f"kept as a call: {why}" for why in captured.opaque.values()]
     notes += [f"kept as Python, with graphs in it: {why}{_lost(captured.hidden.get(path))}" for path, why in captured.failed.items()]
+    if captured.run_error:
+        error = f"{type(captured.run_error).__name__}: {captured.run_error}".splitlines()[0]
+        notes.append(f"the model does not run on example_inputs in eval mode ({error}), so its parts were captured without examples")
     elsewhere = sorted(captured.drop_paths - at_sites)
     if elsewhere:
         notes.append(

@@ -590,3 +590,26 @@ def test_python_that_counts_in_training_goes_on_counting():
     x = torch.randn(4, 8)
     gm.train()(x), gm(x), gm.eval()(x)
     assert gm.get_submodule("1").steps == 2
+
+
+def test_a_failure_leaves_the_model_as_it_was():
+    torch.manual_seed(0)
+    for model, options in (
+        (nn.Sequential(Stage(1), OnValues()), {}),  # hidden adds
+        (OnValues(), {"exclude": "*", "example_inputs": (torch.randn(2, 8),)}),  # no site left
+        (Detector(), {"example_inputs": (3, 4, 5)}),  # inputs that do not fit
+    ):
+        before, mode = state(model), [module.training for module in model.modules()]
+        with pytest.raises(fxsd.FxsdError):
+            fxsd.transform(model, **options)
+        assert same(state(model), before)
+        assert [module.training for module in model.modules()] == mode
+
+
+def test_example_inputs_that_do_not_run_are_told():
+    model = Detector()
+    before = state(model)
+    found = fxsd.analyze(model, example_inputs=([torch.randn(3)],))
+    assert len(found.sites) == 3
+    assert any("does not run on example_inputs in eval mode (RuntimeError: " in note for note in found.notes)
+    assert same(state(model), before)

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxsd.capture.calls import Call, as_call, observed
+from fxsd.capture.calls import Call, Run, as_call, observed
 from fxsd.capture.droppath import drop_paths
 from fxsd.capture.hidden import hidden_residual_adds
 from fxsd.capture.programs import trace_modes, within
@@ -63,6 +63,7 @@ class Captured:
         opaque: modules inside parts that had to stay calls -> why.
         failed: modules that could not be one graph, though they are not torch's own -> why.
         hidden: of these, how many residual adds are out of reach in each.
+        run_error: what ended the run that should show how the modules are called, if it was run and failed.
     """
 
     model: nn.Module
@@ -71,6 +72,7 @@ class Captured:
     opaque: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     hidden: dict[str, int] = field(default_factory=dict)
+    run_error: Exception | None = None
 
     def path_of(self, node: fx.Node) -> str:
         """The path in the model of the module that `node` calls."""
@@ -123,7 +125,7 @@ class _Capturer:
         self.failed: dict[str, str] = {}
         self.reached: set[nn.Module] = set()  # their own code is in a graph
         self.tried: set[nn.Module] = set()
-        self._observed: dict[str, list[Call]] | None = None
+        self._run: Run | None = None
 
     def captured(self) -> Captured:
         order = {path: place for place, path in enumerate(self.observed)} if len(self.parts) > 1 else {}
@@ -133,7 +135,9 @@ class _Capturer:
             module = self.model.get_submodule(path)
             hidden[path] = hidden_residual_adds(module, self.reached)
             self.reached.update(module.modules())
-        return Captured(self.model, tuple(parts), self.drop_paths, self.opaque, self.failed, {path: n for path, n in hidden.items() if n})
+        hidden = {path: adds for path, adds in hidden.items() if adds}
+        error = self._run.error if self._run else None
+        return Captured(self.model, tuple(parts), self.drop_paths, self.opaque, self.failed, hidden, error)
 
     def module(self, path: str, module: nn.Module) -> None:
         """Captures `module` as one part, or else the modules in it."""
@@ -145,7 +149,9 @@ class _Capturer:
             return
         try:
             inside = self.part(path, module)
-        except CaptureError as error:
+        except FxsdError as error:
+            if not path and not isinstance(error, CaptureError):
+                raise
             self.snapshot.restore(module)
             self.failed[path] = str(error)
             self.children(path, module)
@@ -216,10 +222,10 @@ class _Capturer:
 
     @property
     def observed(self) -> dict[str, list[Call]]:
-        if self._observed is None:
-            self._observed = observed(self.model, self.call, self.fakes) if self.call and self.fakes else {}
+        if self._run is None:
+            self._run = observed(self.model, self.call, self.fakes) if self.call and self.fakes else Run({}, None)
             self.snapshot.restore(self.model)
-        return self._observed
+        return self._run.calls
 
 
 def _check(model: Any) -> None:

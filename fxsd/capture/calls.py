@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
 
@@ -56,17 +57,26 @@ def without_values(value: Any, fakes: FakeTensorMode) -> Any:
         return copy.deepcopy(value)
 
 
-def observed(model: nn.Module, call: Call, fakes: FakeTensorMode) -> dict[str, list[Call]]:
+@dataclass(frozen=True)
+class Run:
+    """What was seen of a run.
+
+    Attributes:
+        calls: module path -> the calls of it that differ in more than values, in the order of the first calls.
+        error: what ended the run too early, if something did.
+    """
+
+    calls: dict[str, list[Call]]
+    error: Exception | None
+
+
+def observed(model: nn.Module, call: Call, fakes: FakeTensorMode) -> Run:
     """Runs `model` once, in eval mode and without gradients, and notes how it calls each module.
 
     Args:
         model: its attributes may change; its buffers do not.
         call: what to run it on.
         fakes: of the tensors in the result.
-
-    Returns:
-        module path -> the calls of it that differ in more than values, in the order of the first calls. Of a run that fails, those
-        until then.
     """
     paths = {module: path for path, module in model.named_modules()}
     seen: dict[str, dict[Any, Call]] = {}
@@ -82,16 +92,19 @@ def observed(model: nn.Module, call: Call, fakes: FakeTensorMode) -> dict[str, l
 
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    failure: Exception | None = None
     try:
         for module in modes:
             module.training = False
-        with _noted_calls(note), torch.no_grad(), suppress(Exception):
+        with _noted_calls(note), torch.no_grad():
             args, kwargs = copy.deepcopy(call)
             torch.func.functional_call(model, buffers, args, kwargs)
+    except Exception as error:  # the model's own code
+        failure = error
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return {path: list(calls.values()) for path, calls in seen.items()}
+    return Run({path: list(calls.values()) for path, calls in seen.items()}, failure)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from fxsd.capture.patches import (
 from fxsd.capture.proxies import Value, known_types
 from fxsd.capture.signature import bind
 from fxsd.capture.source import failing_line, this_line
-from fxsd.errors import CaptureError
+from fxsd.errors import CaptureError, FxsdError
 from fxsd.graphmodule import CONSTANTS
 
 # nn.Module subclasses whose own forward holds no sum of activations, or is not worth reading, are leaves; these hold residual adds.
@@ -111,7 +111,7 @@ class Tracer(fx.Tracer):
                 graph = self.trace(root)
                 if random_states() != before:
                     raise Untraceable("it draws random numbers, which the graph would draw once and for all")
-            except CaptureError:
+            except FxsdError:  # the call does not fit
                 raise
             except Exception as error:
                 raise CaptureError(self._why(self.path, root, error)) from error
