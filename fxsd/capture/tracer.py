@@ -341,10 +341,12 @@ class Tracer(fx.Tracer):
     def _why(self, path: str, module: nn.Module, error: Exception) -> str:
         where = f"module {path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
         cause = (str(error).splitlines()[0] if str(error) else type(error).__name__).removesuffix(".")
-        return (
-            f"{where} stopped tracing at {failing_line(error)}: {cause}. Pass example_inputs if the decision rests on shapes or "
-            "on optional arguments; otherwise keep the module out of the forward, or write this line with tensor ops."
-        )
+        tensor_ops = "write this line with tensor ops"
+        if self._call is None:
+            way_out = f"Pass example_inputs if the decision rests on shapes or on optional arguments; otherwise {tensor_ops}"
+        else:
+            way_out = f"To have it captured, {tensor_ops}"
+        return f"{where} stopped tracing at {failing_line(error)}: {cause}. {way_out}, or keep the module out of the forward."
 
 
 def place_in_model(graph: fx.Graph, path: str, cls: type[nn.Module]) -> None:
