@@ -61,7 +61,7 @@ def transform(
         depth_by: `"block"`: the adds of one block (the nearest numbered module around them) share a depth. `"add"`: each has its own.
         existing: stochastic depth already at a site: `"replace"` it, `"keep"` it and leave the site alone, or raise an `"error"`.
         example_inputs: a tuple of args or a dict of kwargs of the call to capture: says which optional arguments are given, and lets
-            Python decide on sizes. Shapes are followed on fake tensors; only a model that cannot be one graph is run, once, in eval
+            Python decide on sizes. Shapes are followed on fake tensors; only a model that cannot be one graph is run, once in each
             mode. Sizes stay live where nothing was decided on them; where something was, the result checks it and raises
             `FxsdError` for inputs that would decide otherwise.
         subset_batch_norm, sync_ranks: must be False in this version.

@@ -613,3 +613,37 @@ def test_example_inputs_that_do_not_run_are_told():
     assert len(found.sites) == 3
     assert any("does not run on example_inputs in eval mode (RuntimeError: " in note for note in found.notes)
     assert same(state(model), before)
+
+
+class CachesInEvaluation(nn.Module):
+    """Calls its blocks with a cache in evaluation, and without one in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(CachingBlock() for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        cache = None if self.training else Cache()
+        for block in self.blocks:
+            x = block(x if x.sum() > 0 else -x, cache)
+        return x, cache.keys if cache else []
+
+
+class CachingBlock(Block):
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        y = super().forward(x)
+        if cache is not None:
+            cache.update(y)
+        return y
+
+
+def test_a_part_that_is_called_in_other_ways_in_training_has_two_programs():
+    torch.manual_seed(0)
+    model, x = CachesInEvaluation(), torch.randn(4, 8)
+    gm = fxsd.transform(model, 0.0, scaling="train", example_inputs=(x,))
+    assert [s.name for s in fxsd.sites(gm)] == ["blocks.0", "blocks.1"]
+    for mode in (True, False, True):
+        (expected, keys), (found, found_keys) = model.train(mode)(x), gm.train(mode)(x)
+        assert torch.equal(expected, found)
+        assert len(keys) == len(found_keys) == (0 if mode else 2)
+        assert all(torch.equal(a, b) for a, b in zip(keys, found_keys, strict=True))

@@ -6,7 +6,7 @@ around them stays what runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +63,7 @@ class Captured:
         opaque: modules inside parts that had to stay calls -> why.
         failed: modules that could not be one graph, though they are not torch's own -> why.
         hidden: of these, how many residual adds are out of reach in each.
-        run_error: what ended the run that should show how the modules are called, if it was run and failed.
+        run_error: what ended the run in eval mode that should show how the modules are called, if it was run and failed.
     """
 
     model: nn.Module
@@ -97,8 +97,8 @@ def capture(model: nn.Module, example_inputs: Any, owners_of_sites: Callable[[Pa
 
     Args:
         model: any module. A GraphModule brings its graph along.
-        example_inputs: a tuple of args, a dict of kwargs, or None. The model is run on them, in eval mode, only where it cannot be one
-            graph, to see how the modules in it are called.
+        example_inputs: a tuple of args, a dict of kwargs, or None. The model is run on them, once in each mode, only where it cannot be
+            one graph, to see how the modules in it are called.
         owners_of_sites: the paths of the modules that execute a residual add of a part.
 
     Raises:
@@ -125,10 +125,10 @@ class _Capturer:
         self.failed: dict[str, str] = {}
         self.reached: set[nn.Module] = set()  # their own code is in a graph
         self.tried: set[nn.Module] = set()
-        self._run: Run | None = None
+        self._runs: dict[bool, Run] = {}  # by mode
 
     def captured(self) -> Captured:
-        order = {path: place for place, path in enumerate(self.observed)} if len(self.parts) > 1 else {}
+        order = {path: place for place, path in enumerate(self.run(False).calls)} if len(self.parts) > 1 else {}
         parts = sorted(self.parts, key=lambda part: order.get(part.path, len(order)))
         hidden: dict[str, int] = {}
         for path in sorted(self.failed, key=lambda path: -path.count(".") - bool(path)):  # inner ones first
@@ -136,7 +136,7 @@ class _Capturer:
             hidden[path] = hidden_residual_adds(module, self.reached)
             self.reached.update(module.modules())
         hidden = {path: adds for path, adds in hidden.items() if adds}
-        error = self._run.error if self._run else None
+        error = self._runs[False].error if False in self._runs else None
         return Captured(self.model, tuple(parts), self.drop_paths, self.opaque, self.failed, hidden, error)
 
     def module(self, path: str, module: nn.Module) -> None:
@@ -163,7 +163,8 @@ class _Capturer:
         """A container is not, nor is a module of which others call the pieces only."""
         if type(module).forward is nn.Module.forward and "forward" not in vars(module):
             return False
-        return not path or path in self.observed or not any(within(called, path) for called in self.observed)
+        calls = {**self.run(False).calls, **self.run(True).calls} if path else {}
+        return not path or path in calls or not any(within(called, path) for called in calls)
 
     def children(self, path: str, module: nn.Module) -> None:
         for name, child in module._modules.items():
@@ -181,12 +182,12 @@ class _Capturer:
             inner = frozenset(_graph_modules(path, module, graphs))
             self._add(Part(path, module, graphs, known), inner)
             return inner
-        calls: Sequence[Call | None] = [self.call] if not path else self.observed.get(path) or [None]
+        in_training, in_evaluation = (self.calls(path, training) for training in (True, False))
         constants: dict[str, torch.Tensor] = {}
 
         def trace(leaves: Set[str], training: bool) -> Tracer:
             tracers = []
-            for call in calls:
+            for call in (in_training if training else in_evaluation).values():
                 tracer = Tracer(path, known | leaves, training, hidden_residual_adds, constants, self.snapshot.restore, self.fakes)
                 tracer.trace_model(module, call)
                 changed = self.snapshot.changed(module) if tracer.branched else set()
@@ -197,7 +198,12 @@ class _Capturer:
                 raise CaptureError(f"module {path!r} ({type(module).__name__}) is called in ways that make it run different code.")
             return tracers[0]
 
-        train, evaluated, apart = trace_modes(path, trace, lambda graph: self.owners_of_sites(Part(path, module, (graph,), known)))
+        train, evaluated, apart = trace_modes(
+            path,
+            trace,
+            lambda graph: self.owners_of_sites(Part(path, module, (graph,), known)),
+            in_training.keys() != in_evaluation.keys(),
+        )
         programs = [train] if evaluated is None else [train, evaluated]
         graphs = tuple(program.graph for program in programs)
         used = {str(node.target).rpartition(".")[2] for graph in graphs for node in graph.nodes if node.op == "get_attr"}
@@ -220,12 +226,16 @@ class _Capturer:
             self.reached |= children
             stack.extend(children)
 
-    @property
-    def observed(self) -> dict[str, list[Call]]:
-        if self._run is None:
-            self._run = observed(self.model, self.call, self.fakes) if self.call and self.fakes else Run({}, None)
+    def calls(self, path: str, training: bool) -> Mapping[Any, Call | None]:
+        """How the module at `path` is called, by what tells the calls apart; {None: None} where it is not known."""
+        unknown: dict[Any, Call | None] = {None: self.call if not path else None}
+        return unknown if not path else self.run(training).calls.get(path) or self.run(not training).calls.get(path) or unknown
+
+    def run(self, training: bool) -> Run:
+        if training not in self._runs:
+            self._runs[training] = observed(self.model, self.call, self.fakes, training) if self.call and self.fakes else Run({})
             self.snapshot.restore(self.model)
-        return self._run.calls
+        return self._runs[training]
 
 
 def _check(model: Any) -> None:

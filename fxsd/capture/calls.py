@@ -62,16 +62,16 @@ class Run:
     """What was seen of a run.
 
     Attributes:
-        calls: module path -> the calls of it that differ in more than values, in the order of the first calls.
+        calls: module path -> the calls of it that differ in more than values, by what tells them apart; in the order of the first calls.
         error: what ended the run too early, if something did.
     """
 
-    calls: dict[str, list[Call]]
-    error: Exception | None
+    calls: dict[str, dict[Any, Call]]
+    error: Exception | None = None
 
 
-def observed(model: nn.Module, call: Call, fakes: FakeTensorMode) -> Run:
-    """Runs `model` once, in eval mode and without gradients, and notes how it calls each module.
+def observed(model: nn.Module, call: Call, fakes: FakeTensorMode, training: bool) -> Run:
+    """Runs `model` once, in training or in eval mode and without gradients, and notes how it calls each module.
 
     Args:
         model: its attributes may change; its buffers do not.
@@ -95,7 +95,7 @@ def observed(model: nn.Module, call: Call, fakes: FakeTensorMode) -> Run:
     failure: Exception | None = None
     try:
         for module in modes:
-            module.training = False
+            module.training = training
         with _noted_calls(note), torch.no_grad():
             args, kwargs = copy.deepcopy(call)
             torch.func.functional_call(model, buffers, args, kwargs)
@@ -104,7 +104,7 @@ def observed(model: nn.Module, call: Call, fakes: FakeTensorMode) -> Run:
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return Run({path: list(calls.values()) for path, calls in seen.items()}, failure)
+    return Run(seen, failure)
 
 
 @contextmanager

@@ -19,7 +19,10 @@ from fxsd.residual import call, owner
 
 
 def trace_modes(
-    root: str, trace: Callable[[Set[str], bool], Tracer], owners_of_sites: Callable[[fx.Graph], Set[str]]
+    root: str,
+    trace: Callable[[Set[str], bool], Tracer],
+    owners_of_sites: Callable[[fx.Graph], Set[str]],
+    called_differently: bool = False,
 ) -> tuple[Tracer, Tracer | None, Set[str]]:
     """Traces as often as it takes.
 
@@ -27,12 +30,13 @@ def trace_modes(
         root: the path of the module that is traced.
         trace: traces it with modules, named by path, as leaves, in training mode or not.
         owners_of_sites: the modules whose forwards execute a residual add of a graph.
+        called_differently: the two modes may differ even if no Python in the module decides on the mode.
 
     Returns:
         The training program; the evaluation program where it is another; the modules to be captured by themselves.
     """
     train = trace(frozenset(), True)
-    if not train.branched:
+    if not (train.branched or called_differently):
         return train, None, frozenset()
     evaluated = trace(frozenset(), False)
     differing = _differing(root, train, evaluated)
