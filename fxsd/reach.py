@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 from torch import fx
 
 from fxsd.dominators import Dominators
-from fxsd.values import Kind, activation_inputs, is_activation
+from fxsd.values import Kind, activation_inputs, bases, is_activation, written
 
 MANY = 4  # a summary names at most as many nodes
 _HEAVY = {Kind.LINEAR, Kind.MIX, Kind.OPAQUE}
@@ -275,6 +275,18 @@ class _Descendants:
             if user not in self.found and self.reach.kinds[user] is not Kind.SHAPE:
                 self.found.add(user)
                 heappush(self.ahead, (self.reach.index[user], user))
+
+
+def live(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that the output, or what outlasts the call, is computed from: by what they return, or by what they write in place."""
+    base, found, read = bases(graph), set[fx.Node](), set[fx.Node]()
+    for node in reversed(graph.nodes):
+        target = written(node)
+        leaves = target is not None and (base[target] in read or base[target].op in ("placeholder", "get_attr"))
+        if node.op == "output" or node in found or leaves:
+            found |= {node, *node.all_input_nodes}
+            read.update(base[arg] for arg in node.all_input_nodes)
+    return found
 
 
 def _cuts(region: list[fx.Node], fork: fx.Node) -> set[fx.Node]:

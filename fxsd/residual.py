@@ -22,8 +22,8 @@ from itertools import accumulate, pairwise
 
 from torch import fx
 
-from fxsd.reach import MANY, NOTHING, Reach, Summary
-from fxsd.values import Kind, is_activation, op_name
+from fxsd.reach import MANY, NOTHING, Reach, Summary, live
+from fxsd.values import Kind, is_activation, op_name, written
 
 _CHAIN = {Kind.VIEW, Kind.SCALE, Kind.DROP}
 _LIGHT = {Kind.NORM, Kind.POOL, Kind.PAD, Kind.NONLINEAR, Kind.RESIZE, Kind.JOIN}
@@ -81,7 +81,7 @@ def find(
         The residual adds and the rejected ones, each in graph order. Two residual adds share their `add` where both its sides are
         branches: `f(x) + g(x) + x`.
     """
-    finder = _Finder(Reach(graph, kinds), include, holds)
+    finder = _Finder(Reach(graph, kinds), live(graph), include, holds)
     for node in graph.nodes:
         if is_add(node):
             finder.judge(node)
@@ -121,6 +121,7 @@ def call(node: fx.Node) -> str:
 @dataclass
 class _Finder:
     reach: Reach
+    live: set[fx.Node]
     include: Callable[[str], bool]
     holds: Callable[[fx.Node], int]
     accepted: dict[fx.Node, list[Residual]] = field(default_factory=dict)  # a sum with its shortcut -> the branches in it
@@ -149,7 +150,7 @@ class _Finder:
             self._reject(add, self._no_shortcut(a, b))
             return
         reason = self._in_place(candidate) or (
-            None if wanted else self._feeds(candidate) or self._idle(candidate) or self._nested(candidate)
+            None if wanted else self._unused(candidate) or self._feeds(candidate) or self._idle(candidate) or self._nested(candidate)
         )
         if reason:
             self._reject(add, reason)
@@ -291,10 +292,13 @@ class _Finder:
 
     # --- what speaks against a candidate: each gives the reason, or None --------------------------------------------------
 
+    def _unused(self, candidate: Residual) -> str | None:
+        return None if candidate.add in self.live else "its result is not used"
+
     def _feeds(self, candidate: Residual) -> str | None:
         """The shortcut is a constant, as a class token is, but has been added before, as a position embedding may be."""
         fork, branch = candidate.fork, candidate.branch
-        if not is_activation(self.kinds[fork]) and any(node in self.accepted for node in self.reach.fed(fork, branch)):
+        if not is_activation(self.kinds[fork]) and any(map(self.blocks_in, self.reach.fed(fork, branch))):
             return "its shortcut is a constant that feeds earlier blocks"
         return None
 
@@ -385,8 +389,7 @@ class _Finder:
     def _in_place(self, candidate: Residual) -> str | None:
         """`branch.add_(shortcut)` writes into the branch; a dropped branch is another tensor, so nobody else may look at it."""
         add = candidate.add
-        writes = op_name(add) == "iadd" or str(add.target).split(".")[-2:-1] == ["add_"] or add.target == "add_"
-        if not writes or operands(add)[0] is not candidate.branch:
+        if written(add) is not candidate.branch:
             return None
         for node in self._aliases(candidate.branch):
             late = [user for user in node.users if self.reach.index[user] > self.reach.index[add]]

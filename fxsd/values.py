@@ -80,6 +80,10 @@ _PRODUCTS = {
 _ADDS = {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract"}
 _MULTIPLIES = {"mul", "rmul", "imul", "multiply", "div", "truediv", "rtruediv", "itruediv", "divide", "true_divide", "neg", "negative"}
 _JOINS = {"assign_item", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
+_ASSIGNMENTS = {
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift", "setitem",
+    "assign_item",
+}  # fmt: skip
 _TORCH = ("torch", "_operator", "builtins", "math", "operator")
 
 _MODULES: tuple[tuple[Any, Kind], ...] = (
@@ -108,15 +112,37 @@ _MODULES: tuple[tuple[Any, Kind], ...] = (
 
 def op_name(node: fx.Node) -> str:
     """`add` for `operator.add`, `torch.add`, `Tensor.add_`, `__radd__` and `aten.add.Tensor`; attributes by their own name."""
-    target = node.target
-    if node.op == "call_function":
-        if target is getattr and len(node.args) > 1:
-            return str(node.args[1])
-        packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
-        name = getattr(packet, "__name__", type(packet).__name__)
-    else:
-        name = str(target)
+    name = _full_name(node)
     return name[2:-2] if name.startswith("__") and name.endswith("__") else name.rstrip("_")
+
+
+def _full_name(node: fx.Node) -> str:
+    target = node.target
+    if node.op != "call_function":
+        return str(target)
+    if target is getattr and len(node.args) > 1:
+        return str(node.args[1])
+    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    return str(getattr(packet, "__name__", type(packet).__name__))
+
+
+def written(node: fx.Node) -> fx.Node | None:
+    """The value that `node` changes in place, if it does: `y += x`, `y[0] = x`, `y.copy_(x)`, `torch.relu_(y)`."""
+    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    name = _full_name(node)
+    method = name.endswith("_") and not name.endswith("__") and getattr(node.target, "__module__", "") != operator.and_.__module__
+    return node.args[0] if method or op_name(node) in _ASSIGNMENTS else None
+
+
+def bases(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Whose memory each node may share: that of the value that it is a view of, or the result of writing into; else its own."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        is_view = node.op in ("call_function", "call_method") and op_name(node) in _VIEWS and node.all_input_nodes
+        base = node.all_input_nodes[0] if is_view else written(node)
+        found[node] = node if base is None else found[base]
+    return found
 
 
 def kinds(graph: fx.Graph, module: Callable[[str], nn.Module], drop_paths: Set[str]) -> dict[fx.Node, Kind]:
@@ -124,6 +150,24 @@ def kinds(graph: fx.Graph, module: Callable[[str], nn.Module], drop_paths: Set[s
     found: dict[fx.Node, Kind] = {}
     for node in graph.nodes:
         found[node] = _kind(node, found, module, drop_paths)
+    filled = _filled(graph, found)
+    if filled:
+        found = {}
+        for node in graph.nodes:
+            found[node] = Kind.JOIN if node in filled else _kind(node, found, module, drop_paths)
+    return found
+
+
+def _filled(graph: fx.Graph, kinds: dict[fx.Node, Kind]) -> set[fx.Node]:
+    """The new tensors that activations are written into and that are read by another name than the write's: a batch of padded images."""
+    base, found = bases(graph), set()
+    for node in graph.nodes:
+        target = written(node)
+        if target is None or not is_activation(kinds[node]):
+            continue
+        new = base[target]
+        if (target is not new or not node.users) and new.op != "get_attr" and kinds[new] is Kind.CONSTANT:
+            found.add(new)
     return found
 
 

@@ -1111,6 +1111,53 @@ class ClassToken(WithTwoBranches):
         return torch.cat([token, x], dim=1)
 
 
+# --- values of other kinds -------------------------------------------------------------------------------------------------------
+
+
+class Unused(WithTwoBranches):
+    """Runs everything and returns a part, as an encoder does that is cut off at some level."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = [x]
+        for f in (self.f, self.g):
+            y = f(levels[-1])
+            y += levels[-1]
+            levels.append(y.relu())
+        return levels[1]
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return (drop(self.f(x)) + x).relu()
+
+
+class ReadByAnotherName(WithBranch):
+    """Nobody takes the value of the add, but its tensor is read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.tanh()
+        y = x.mul(2)
+        view = y.view(-1, 2, 2)
+        view.add_(self.f(x * 2).view(-1, 2, 2))
+        return y
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        x = x.tanh()
+        return x.mul(2) + drop(self.f(x * 2))
+
+
+class PaddedBatch(WithBranch):
+    """A new tensor into a part of which the input is copied, as a detector makes a batch of images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = x.new_zeros(x.shape[0], WIDTH)
+        part = padded[:, 1:]
+        part.copy_(x[:, 1:])
+        return padded + self.f(padded)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        padded = F.pad(x[:, 1:], (1, 0))
+        return padded + drop(self.f(padded))
+
+
 # --- calls and modes ------------------------------------------------------------------------------------------------------------
 
 
@@ -1316,6 +1363,9 @@ CASES = (
     Case(SdpaBlock, tokens, (IDENTITY,)),
     Case(SdpaInBlock, tokens, (IDENTITY,)),
     Case(ClassToken, tokens, (("patches", "identity"), IDENTITY, IDENTITY)),
+    Case(Unused, rows, (IDENTITY,), ("its result is not used",)),
+    Case(ReadByAnotherName, rows, (IDENTITY,)),
+    Case(PaddedBatch, rows, (IDENTITY,)),
     Case(KeywordCalls, rows, (IDENTITY, IDENTITY)),
     Case(AuxiliaryHead, rows, (("block", "identity"), IDENTITY)),
 )

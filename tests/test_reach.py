@@ -47,6 +47,9 @@ class Flow:
     def light(self, x: fx.Node) -> fx.Node:
         return self.op(Kind.NONLINEAR, self.op(Kind.LINEAR, x))
 
+    def output(self) -> fx.Node:
+        return self._keep(self.graph.output([node for node in self.graph.nodes if not node.users]), Kind.SHAPE)
+
     def _keep(self, node: fx.Node, kind: Kind) -> fx.Node:
         self.kinds[node] = kind
         return node
@@ -250,6 +253,7 @@ def test_the_work_of_finding_sites_and_depths_grows_with_the_graph_and_not_its_s
     for n in (64, 256):
         flow = Flow()
         sites = shape(flow, n)
+        flow.output()
         found = residual.find(flow.graph, flow.kinds).residuals
         assert len(found) == sites
         costs.append(calls(lambda flow=flow, found=found: (residual.find(flow.graph, flow.kinds), depths([flow.graph], found))))

@@ -215,6 +215,17 @@ def test_sites_that_a_called_module_holds_count_as_blocks_in_series(held: int, s
     assert ["it is a long skip over residual blocks" in r.reason for r in found.rejected] == [True] * (1 - len(sites))
 
 
+def test_a_position_embedding_that_a_called_module_with_sites_has_taken_is_no_shortcut():
+    model = nn.ModuleDict({"encoder": nn.GELU(), "position": nn.Embedding(5, 2)})
+    graph = fx.Graph()
+    x, position = graph.placeholder("x"), graph.get_attr("position.weight")
+    memory = graph.call_module("encoder", (x, position))
+    graph.output(graph.call_function(operator.add, (memory, position)))
+    found = search(graph, model, holds=lambda node: 2 if node.target == "encoder" else 0)
+    assert not found.residuals
+    assert [r.reason for r in found.rejected] == ["its shortcut is a constant that feeds earlier blocks"]
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_include_is_asked_about_the_root_module_and_takes_any_sum_whose_shortcut_is_decidable(left: bool):
     model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("f", "g", "h")})
