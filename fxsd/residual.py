@@ -7,6 +7,7 @@ Pure reading of a graph: no edits, no rates, no modules. The rules, in the order
 2. *Identity*: one operand, through views and constant scaling, is an ancestor of the other.
 3. *Projection*: one operand is a chain of at most one conv or linear, with norms, pools and activations, from a node that every path to the
    other operand passes, and the other is nonlinear and does more.
+   Neither, where it is one part of a value of which the branch takes other parts: the shift of an adaptive norm.
 4. The branch does work: something that mixes positions or channels, and not a single bare linear op.
 5. A branch that holds residual blocks in series is a long skip, not a branch. A residual add inside a branch is its internal.
 6. In `f(x) + g(x) + x` each of f and g that makes a branch by itself is one, if all do.
@@ -130,6 +131,7 @@ class _Finder:
     # x + f(x) + g(x): the second branch has the shortcut of the first. From a sum that was accepted, where its shortcuts lead to:
     fork_of: dict[fx.Node, fx.Node] = field(default_factory=dict)  # the first value with other users, which may be a fork
     start_of: dict[fx.Node, fx.Node] = field(default_factory=dict)  # the first value that is no such sum
+    parts: dict[fx.Node, dict[fx.Node, list[fx.Node]]] = field(default_factory=dict)  # what `_parts` has found
 
     def __post_init__(self) -> None:
         self.kinds = self.reach.kinds
@@ -149,9 +151,8 @@ class _Finder:
         if candidate is None:
             self._reject(add, self._no_shortcut(a, b))
             return
-        reason = self._in_place(candidate) or (
-            None if wanted else self._unused(candidate) or self._feeds(candidate) or self._idle(candidate) or self._nested(candidate)
-        )
+        against = (self._unused, self._feeds, self._shifts, self._idle, self._nested)
+        reason = self._in_place(candidate) or (None if wanted else next(filter(None, (rule(candidate) for rule in against)), None))
         if reason:
             self._reject(add, reason)
         else:
@@ -301,6 +302,30 @@ class _Finder:
         if not is_activation(self.kinds[fork]) and any(map(self.blocks_in, self.reach.fed(fork, branch))):
             return "its shortcut is a constant that feeds earlier blocks"
         return None
+
+    def _shifts(self, candidate: Residual) -> str | None:
+        """The shortcut is one part of a value, and the branch takes only others of them, such as the scale that belongs to a shift."""
+        for part, whole in pairwise(self._chain(candidate.shortcut, _CHAIN)):
+            if part is candidate.fork:
+                break
+            same = self._parts(whole).get(part, [])
+            in_branch = [node for node in (whole, *same) if self.reach.is_ancestor(node, candidate.branch)]
+            if same and in_branch == [whole]:
+                return "its shortcut is one part of a value whose other parts go into its branch, as the shift of an adaptive norm is"
+        return None
+
+    def _parts(self, whole: fx.Node) -> dict[fx.Node, list[fx.Node]]:
+        """The users of `shift, scale = x.chunk(2)` -> the users that take the same part. Empty if not all take one by its number."""
+        if whole not in self.parts:
+            users = [user for user in whole.users if self.kinds[user] is not Kind.SHAPE]
+            by_index: dict[str, list[fx.Node]] = {}
+            for user in users:
+                index = user.args[1] if op_name(user) == "getitem" else None
+                if any(isinstance(number, int) for number in (index if isinstance(index, tuple) else (index,))):
+                    by_index.setdefault(str(index), []).append(user)
+            split = self.kinds[whole] is not Kind.OPAQUE and sum(map(len, by_index.values())) == len(users)
+            self.parts[whole] = {user: same for same in by_index.values() for user in same} if split else {}
+        return self.parts[whole]
 
     def _idle(self, candidate: Residual) -> str | None:
         """The branch does nothing worth dropping, or the add merges what no residual block merges."""

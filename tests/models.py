@@ -1111,6 +1111,65 @@ class ClassToken(WithTwoBranches):
         return torch.cat([token, x], dim=1)
 
 
+class Modulated(WithBranch):
+    """Adaptive norms: a condition gives a shift, a scale and a gate to each block."""
+
+    def __init__(self, chunked: bool = True) -> None:
+        super().__init__()
+        self.norm, self.condition, self.chunked = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), chunked
+        self.table = nn.Parameter(torch.randn(3, WIDTH))
+
+    def parts(self, condition: Tensor) -> tuple[Tensor, ...]:
+        parts = self.table + condition.reshape(-1, 3, WIDTH)
+        if self.chunked:
+            shift, scale, gate = parts.chunk(3, dim=1)
+            return shift.squeeze(1), scale.squeeze(1), gate.squeeze(1)
+        return parts[:, 0], parts[:, 1], parts[:, 2]
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        t = self.condition(t)
+        for _ in range(2):
+            shift, scale, gate = self.parts(t)
+            x = x + gate * self.f(self.norm(x) * (1 + scale) + shift)
+        return x
+
+    def dropped(self, drop: Drop, x: Tensor, t: Tensor) -> Tensor:
+        t = self.condition(t)
+        for _ in range(2):
+            shift, scale, gate = self.parts(t)
+            x = x + drop(gate * self.f(self.norm(x) * (1 + scale) + shift))
+        return x
+
+
+def ModulatedBySlices() -> Modulated:
+    return Modulated(chunked=False)
+
+
+class FirstToken(WithBranch):
+    """The shortcut is a part of what the branch reads as a whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0] + self.f(x.mean(1))
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return x[:, 0] + drop(self.f(x.mean(1)))
+
+
+class PartOfItself(WithTwoBranches):
+    """A part gets a branch that reads all parts, then one that reads nothing but the same part by another name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.unbind(1)[0], x[:, 1]
+        first = first + self.f(torch.stack([first, second], 1)).sum(1)
+        both = torch.stack([first, second], 1).unbind(1)
+        return both[0] + self.g(both[0].tanh())
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        first, second = x[:, 0], x[:, 1]
+        first = first + drop(self.f(torch.stack([first, second], 1)).sum(1))
+        return first + drop(self.g(first.tanh()))
+
+
 # --- values of other kinds -------------------------------------------------------------------------------------------------------
 
 
@@ -1363,6 +1422,9 @@ CASES = (
     Case(SdpaBlock, tokens, (IDENTITY,)),
     Case(SdpaInBlock, tokens, (IDENTITY,)),
     Case(ClassToken, tokens, (("patches", "identity"), IDENTITY, IDENTITY)),
+    *(Case(factory, two_rows, (IDENTITY, IDENTITY), (CONSTANT, "one part of a value") * 2) for factory in (Modulated, ModulatedBySlices)),
+    Case(FirstToken, tokens, (IDENTITY,)),
+    Case(PartOfItself, tokens, (IDENTITY, IDENTITY)),
     Case(Unused, rows, (IDENTITY,), ("its result is not used",)),
     Case(ReadByAnotherName, rows, (IDENTITY,)),
     Case(PaddedBatch, rows, (IDENTITY,)),
