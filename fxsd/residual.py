@@ -32,7 +32,7 @@ _HEAVY = {Kind.LINEAR, Kind.MIX, Kind.OPAQUE}
 _WORK = _HEAVY | {Kind.POOL}
 _LINEAR = {Kind.LINEAR, Kind.VIEW, Kind.SCALE, Kind.NORM, Kind.PAD, Kind.DROP, Kind.ADD, Kind.JOIN, Kind.RESIZE, Kind.POOL}
 _BARE = {Kind.LINEAR, Kind.VIEW, Kind.SCALE, Kind.PAD}
-_MERGE = "its branch goes down and up again in resolution: it merges levels, as a U-Net does"
+_MERGE = "one of its sides goes down and up again in resolution: it merges levels, as a U-Net does"
 _NUMBERED = re.compile(r"\d(\.|$)")  # a path with a numbered module in it
 
 
@@ -217,18 +217,15 @@ class _Finder:
     def _conditioned(self, add: fx.Node, shortcut: fx.Node, branch: fx.Node) -> Residual | None:
         """A projection block whose branch takes a second input besides the fork, such as a time embedding.
 
-        Not everything behind the branch comes from one node then; that one numbered module executes it all says that it is a block.
+        Not everything behind the branch comes from one node then; that one call executes it all and gets the fork from outside says that
+        it is a block. A merge of a U-Net gets its shortcut from outside as well, but has computed it from an input of its own.
         """
         chain: list[fx.Node] = []
         for node in self._chain(shortcut, _CHAIN | _LIGHT | {Kind.LINEAR}):
             if chain and len(node.users) > 1 and self.reach.is_ancestor(node, branch):
                 heavier = self._weight(node, branch) > self._weight(node, shortcut)
-                if (
-                    heavier
-                    and self._is_light(node, shortcut)
-                    and self._is_block(add, chain)
-                    and self._is_block(add, self.reach.region(node, branch))
-                ):
+                enters = node.op == "placeholder" or not self._in_call(add, [node])
+                if heavier and enters and self._is_light(node, shortcut) and self._in_call(add, [*chain, *self.reach.region(node, branch)]):
                     return self._residual(add, branch, shortcut, node, "projection")
                 return None
             chain.append(node)
@@ -338,17 +335,20 @@ class _Finder:
         if candidate.kind == "projection":
             if branch.kinds <= _LINEAR:
                 return "both sides are linear, as in reparametrised convolutions"
-            if Kind.RESIZE in branch.kinds - self.reach.summary(candidate.fork, candidate.shortcut).kinds:
+            shortcut = self.reach.summary(candidate.fork, candidate.shortcut)
+            one_sided = (Kind.RESIZE in branch.kinds) is not (Kind.RESIZE in shortcut.kinds)
+            if (one_sided and Kind.OPAQUE not in branch.kinds) or {Kind.POOL, Kind.RESIZE} <= shortcut.kinds:
                 return _MERGE
-        elif Kind.RESIZE in branch.kinds and not self._is_block(candidate.add, self.reach.region(candidate.fork, candidate.branch)):
-            return _MERGE
+        elif Kind.RESIZE in branch.kinds:
+            numbered = _NUMBERED.search(owner(candidate.add))
+            if not numbered or not self._in_call(candidate.add, self.reach.region(candidate.fork, candidate.branch)):
+                return _MERGE
         return None
 
-    def _is_block(self, add: fx.Node, nodes: list[fx.Node]) -> bool:
-        """Does the call of one numbered module execute `add` and all of `nodes`? A decoder gets its skip from outside."""
+    def _in_call(self, add: fx.Node, nodes: list[fx.Node]) -> bool:
+        """Does the module call that executes `add` execute all of `nodes`? A decoder gets its skip from outside."""
         here = call(add)
-        inside = all(here in node.meta.get("nn_module_stack", ()) for node in nodes)
-        return inside and bool(_NUMBERED.search(owner(add)))
+        return all(here in node.meta.get("nn_module_stack", ()) for node in nodes)
 
     def _nested(self, outer: Residual) -> str | None:
         """Residual adds inside the branch: in series they make the outer add a long skip, elsewhere they are its internals."""

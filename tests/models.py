@@ -702,6 +702,95 @@ def LinkNetOfBlocksWithLaterals() -> UpAndDown:
     return UpAndDown(residual=True, lateral=True)
 
 
+class PyramidAttention(nn.Module):
+    """PAN: a gated pyramid and a pooled context, both back at the size of their input, are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(WIDTH, WIDTH, 1), nn.ReLU(), nn.Upsample((8, 8)))
+        self.gate, self.middle = nn.Sequential(nn.MaxPool2d(2), convs(), nn.Upsample(scale_factor=2)), convs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.relu()
+        return self.gate(x) * self.middle(x) + self.context(x)
+
+
+class GatedMerge(nn.Module):
+    """PAN: a higher level gates the lower one and is added to it; it gets both from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lower = convs()
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(WIDTH, WIDTH, 1), nn.BatchNorm2d(WIDTH), nn.Sigmoid())
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        return F.interpolate(high, scale_factor=2) + self.lower(low) * self.gate(high)
+
+
+class GatedPyramid(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.attention, self.merge = convs(2), convs(), GatedMerge()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(x, self.down(x))
+
+
+class GrowingBlock(nn.Module):
+    """A block of a generator: both sides go up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.up, self.shortcut = convs(), nn.Upsample(scale_factor=2), nn.Conv2d(WIDTH, WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.up(x.relu())) + self.shortcut(self.up(x))
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        return drop(self.f(self.up(x.relu()))) + self.shortcut(self.up(x))
+
+
+class ConditionedBlock(nn.Module):
+    """A block of a diffusion model: the branch takes a second input besides x, and the shortcut is a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.time, self.shortcut = convs(1, 6), nn.Conv2d(6, 6, 3, 1, 1), nn.Linear(8, 6), nn.Conv2d(WIDTH, 6, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        y = self.f(x) * self.time(t)[..., None, None]
+        return self.g(y.relu()) + self.shortcut(x)
+
+    def dropped(self, drop: Drop, x: Tensor, t: Tensor) -> Tensor:
+        y = self.f(x) * self.time(t)[..., None, None]
+        return drop(self.g(y.relu())) + self.shortcut(x)
+
+
+class ConditionedUNet(nn.Module):
+    """One level of a U-Net, whose merge takes a projection of what the level is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.time, self.lateral = ConditionedBlock(), nn.Linear(5, 8), nn.Conv2d(6, 6, 1)
+        self.down, self.up = nn.Conv2d(6, 6, 2, 2), nn.ConvTranspose2d(6, 6, 2, 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        t = self.time(t).relu()
+        x = self.block(x, t)
+        y = self.down(x) * t[:, :6, None, None]
+        return self.up(y.relu()) + self.lateral(x)
+
+    def dropped(self, drop: Drop, x: Tensor, t: Tensor) -> Tensor:
+        t = self.time(t).relu()
+        x = self.block.dropped(drop, x, t)
+        y = self.down(x) * t[:, :6, None, None]
+        return self.up(y.relu()) + self.lateral(x)
+
+
+def timed_images(batch: int) -> tuple[Tensor, ...]:
+    return (*images(batch), torch.randn(batch, 5))
+
+
 class ConvolvedPosition(nn.Module):
     """wav2vec 2.0: a position encoding that is a convolution and an activation, ahead of the blocks."""
 
@@ -1375,6 +1464,10 @@ CASES = (
     Case(UNet, images, (), ("as a U-Net does", "as a U-Net does")),
     Case(LinkNet, images, (), ("as a U-Net does",) * 3),
     Case(LinkNetWithLaterals, images, (), ("as a U-Net does",) * 3),
+    Case(PyramidAttention, images, (), ("as a U-Net does",)),
+    Case(GatedPyramid, images, (), ("as a U-Net does",)),
+    Case(GrowingBlock, images, (PROJECTION,)),
+    Case(ConditionedUNet, timed_images, (("block", "projection"),), ("neither side is a shortcut",)),
     *(
         Case(
             factory,

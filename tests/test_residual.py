@@ -237,32 +237,3 @@ def test_include_is_asked_about_the_root_module_and_takes_any_sum_whose_shortcut
     asked: list[str] = []
     (found,) = search(graph, model, include=lambda module: asked.append(module) or True).residuals
     assert (found.shortcut, found.branch, set(asked)) == (shortcut, branch, {""})
-
-
-class Conditioned(nn.Module):
-    """A block of a diffusion model: the branch takes a time embedding besides x, and the shortcut is a projection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2, self.down = nn.Conv2d(4, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(4, 8, 1)
-        self.time = nn.Linear(5, 8)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        y = self.conv1(x.relu()) + self.time(t.relu())[:, :, None, None]
-        return self.down(x) + self.conv2(y.relu())
-
-
-class Diffusion(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Conditioned()])
-        self.back = nn.ModuleList([nn.Conv2d(8, 4, 1)])
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.back[0](self.blocks[0](x, t).relu())
-
-
-def test_a_projection_block_with_a_second_input_is_a_site():
-    found = fxsd.analyze(Diffusion())
-    assert [(site.module, site.kind, str(site.fork)) for site in found.sites] == [("blocks.0", "projection", "x")]
-    assert ["neither side" in rejected.reason for rejected in found.rejected] == [True]
