@@ -113,6 +113,10 @@ class Reach:
         merge = self._merge(node, of)
         return len(self._inputs[merge]) > 1 and self.index[node] < self.index[merge] and node in self._paths_to(merge, node)
 
+    def is_behind(self, node: fx.Node, of: fx.Node) -> bool:
+        """Does every path to the activation `of` pass the activation `node`?"""
+        return self._tree.dominates(node, of)
+
     def common_fork(self, a: fx.Node, b: fx.Node) -> fx.Node | None:
         """The last activation through which everything goes that `a` and `b` are computed from; None if there is none."""
         return self._tree.nearest_common(a, b)
@@ -166,11 +170,11 @@ class Reach:
     # --- marked nodes -------------------------------------------------------------------------------------------------------
 
     def marked_in_series(self, fork: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
-        """The marked nodes that every path from `fork` to `end` passes."""
+        """The marked nodes that every path from `fork` to `end` passes, nearest to `end` first."""
         if not self._dominates(fork, end):
             region = self.region(fork, end)
             always = _cuts(region, fork)
-            yield from (node for node in region if node in always and node in self._marked)
+            yield from (node for node in reversed(region) if node in always and node in self._marked)
             return
         node = self._first_of_interest(end, fork)
         while node is not None:

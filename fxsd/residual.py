@@ -9,7 +9,8 @@ Pure reading of a graph: no edits, no rates, no modules. The rules, in the order
    other operand passes, and the other is nonlinear and does more.
    Neither, where it is one part of a value of which the branch takes other parts: the shift of an adaptive norm.
 4. The branch does work: something that mixes positions or channels, and not a single bare linear op.
-5. A branch that holds residual blocks in series is a long skip, not a branch. A residual add inside a branch is its internal.
+5. A branch that holds residual blocks in series is a long skip, not a branch. A residual add inside a branch is its internal. Neither,
+   if it is of another stream, that goes on outside of the branch.
 6. In `f(x) + g(x) + x` each of f and g that makes a branch by itself is one, if all do.
 7. `x + act(conv(x))`, once, ahead of the numbered blocks that the same module runs, is a position encoding.
 """
@@ -28,6 +29,7 @@ from fxsd.values import Kind, is_activation, op_name, written
 
 _CHAIN = {Kind.VIEW, Kind.SCALE, Kind.DROP}
 _LIGHT = {Kind.NORM, Kind.POOL, Kind.PAD, Kind.NONLINEAR, Kind.RESIZE, Kind.JOIN}
+_STREAM = _CHAIN | {Kind.NORM, Kind.NONLINEAR}
 _HEAVY = {Kind.LINEAR, Kind.MIX, Kind.OPAQUE}
 _WORK = _HEAVY | {Kind.POOL}
 _LINEAR = {Kind.LINEAR, Kind.VIEW, Kind.SCALE, Kind.NORM, Kind.PAD, Kind.DROP, Kind.ADD, Kind.JOIN, Kind.RESIZE, Kind.POOL}
@@ -351,12 +353,17 @@ class _Finder:
         return all(here in node.meta.get("nn_module_stack", ()) for node in nodes)
 
     def _nested(self, outer: Residual) -> str | None:
-        """Residual adds inside the branch: in series they make the outer add a long skip, elsewhere they are its internals."""
+        """Residual adds inside the branch: in series they make the outer add a long skip, elsewhere they are its internals.
+
+        Those of another stream that the branch reads from are neither.
+        """
         fork, branch = outer.fork, outer.branch
         inside = self.reach.summary(fork, branch)
         if not inside.sites:
             return None
         series = self._blocks(self.reach.marked_in_series(fork, branch))
+        if series and call(series[0]) == call(outer.add) and self._is_aside(series[0], outer):
+            series = []
         if len(series) > 1:
             self.long_skips.add(outer.add)
             return f"it is a long skip over residual blocks such as {series[0].name}"
@@ -371,12 +378,26 @@ class _Finder:
             shortcut = self.accepted[node][0].shortcut
             if shortcut in inner and call(shortcut) == call(outer.add):
                 together.append(shortcut)
-        internals = [node for node in inner if node not in together and not self.include(owner(node))]
+        aside: set[fx.Node] = set()
+        for node in reversed(inner):
+            if node in aside or self._is_aside(node, outer):
+                aside.update((node, *self._single_inputs(self.accepted[node][0].shortcut, _STREAM)))
+        internals = [node for node in inner if node not in together and node not in aside and not self.include(owner(node))]
         self.reach.unmark(internals, fork, branch)
         for node in internals:
             for add in {node, *(residual.add for residual in self.accepted.pop(node))}:
                 self._reject(add, f"it lies inside the branch of the residual add {outer.add.name}")
         return None
+
+    def _is_aside(self, node: fx.Node, outer: Residual) -> bool:
+        """Is the sum of another stream than the fork: not made of it alone, and going on outside of the branch?"""
+        if self.reach.is_behind(outer.fork, node):
+            return False
+        while len(node.users) == 1 and self.kinds[user := next(iter(node.users))] in _STREAM:
+            node = user
+        users = [user for user in node.users if user in self.live and (is_activation(self.kinds[user]) or user.op == "output")]
+        inside = {outer.add, outer.branch}
+        return any(user not in inside and not self.reach.is_ancestor(user, outer.branch) for user in users)
 
     def _blocks(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
         """The residual blocks among nodes in series, until there are two."""

@@ -1259,6 +1259,60 @@ class PartOfItself(WithTwoBranches):
         return first + drop(self.g(first.tanh()))
 
 
+class TwoStreamBlock(nn.Module):
+    """Evoformer: each stream has branches of its own and one that reads from the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_m, self.m, self.to_z, self.z = mlp(), mlp(), mlp(), mlp()
+
+    def forward(self, m: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        m = m + self.to_m(m * z)
+        m = m + self.m(m)
+        z = z + self.to_z(m)
+        return m, z + self.z(z)
+
+    def dropped(self, drop: Drop, m: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        m = m + drop(self.to_m(m * z))
+        m = m + drop(self.m(m))
+        z = z + drop(self.to_z(m))
+        return m, z + drop(self.z(z))
+
+
+class TwoStreamBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([TwoStreamBlock() for _ in range(3)])
+
+    def forward(self, m: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self.blocks:
+            m, z = block(m, z)
+        return m, z
+
+    def dropped(self, drop: Drop, m: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self.blocks:
+            m, z = block.dropped(drop, m, z)
+        return m, z
+
+
+class LongSkipWithATap(nn.Module):
+    """The blocks under a long skip are no other stream, though their last value is returned as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.h = mlp(), mlp(), mlp()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x + self.f(x)
+        y = y + self.g(y)
+        return x + self.h(y), y
+
+    def dropped(self, drop: Drop, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x + drop(self.f(x))
+        y = y + drop(self.g(y))
+        return x + self.h(y), y
+
+
 # --- values of other kinds -------------------------------------------------------------------------------------------------------
 
 
@@ -1518,6 +1572,8 @@ CASES = (
     *(Case(factory, two_rows, (IDENTITY, IDENTITY), (CONSTANT, "one part of a value") * 2) for factory in (Modulated, ModulatedBySlices)),
     Case(FirstToken, tokens, (IDENTITY,)),
     Case(PartOfItself, tokens, (IDENTITY, IDENTITY)),
+    Case(TwoStreamBlocks, two_rows, tuple((f"blocks.{i}", "identity") for i in range(3) for _ in range(4))),
+    Case(LongSkipWithATap, rows, (IDENTITY, IDENTITY), (LONG_SKIP,)),
     Case(Unused, rows, (IDENTITY,), ("its result is not used",)),
     Case(ReadByAnotherName, rows, (IDENTITY,)),
     Case(PaddedBatch, rows, (IDENTITY,)),

@@ -231,6 +231,18 @@ def two_streams(flow: Flow, n: int) -> int:
     return 2 * n
 
 
+def reading_streams(flow: Flow, n: int) -> int:
+    """Two streams; each block adds to the first what it reads from the second, and then the other way round."""
+    x, y = flow.input(), flow.input()
+    for i in range(n):
+        x = flow.add(x, flow.op(Kind.MIX, flow.light(x), y), f"blocks.{i}")
+        x = flow.add(x, flow.light(x), f"blocks.{i}")
+        y = flow.add(y, flow.light(x), f"blocks.{i}")
+        y = flow.add(y, flow.light(y), f"blocks.{i}")
+    flow.op(Kind.JOIN, x, y)
+    return 4 * n
+
+
 def calls(work: Callable[[], Any]) -> int:
     """How many functions `work` calls: what it costs, the same on every machine."""
     count = 0
@@ -247,7 +259,9 @@ def calls(work: Callable[[], Any]) -> int:
     return count
 
 
-@pytest.mark.parametrize("shape", [chain, fan, nest, recursion, long_skips, staircase, parallel, heads, shared_constant, two_streams])
+@pytest.mark.parametrize(
+    "shape", [chain, fan, nest, recursion, long_skips, staircase, parallel, heads, shared_constant, two_streams, reading_streams]
+)
 def test_the_work_of_finding_sites_and_depths_grows_with_the_graph_and_not_its_square(shape: Callable[[Flow, int], int]):
     costs = []
     for n in (64, 256):
