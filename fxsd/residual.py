@@ -383,10 +383,22 @@ class _Finder:
             if node in aside or self._is_aside(node, outer):
                 aside.update((node, *self._single_inputs(self.accepted[node][0].shortcut, _STREAM)))
         internals = [node for node in inner if node not in together and node not in aside and not self.include(owner(node))]
+        if chained := self._fed_by_another(internals, outer):
+            self.long_skips.add(outer.add)
+            return f"it is a long skip over residual blocks such as {chained.name}"
         self.reach.unmark(internals, fork, branch)
         for node in internals:
             for add in {node, *(residual.add for residual in self.accepted.pop(node))}:
                 self._reject(add, f"it lies inside the branch of the residual add {outer.add.name}")
+        return None
+
+    def _fed_by_another(self, inner: list[fx.Node], outer: Residual) -> fx.Node | None:
+        """One of two blocks in series, each a numbered module's. A way around them, on which their values leave too, changes nothing."""
+        blocks = dict.fromkeys(node for node in inner if call(node) != call(outer.add) and _NUMBERED.search(owner(node)))
+        for node in reversed(blocks):
+            before = self._single_inputs(self.accepted[node][0].shortcut, _STREAM)
+            if any(other in blocks and call(other) != call(node) for other in before):
+                return node
         return None
 
     def _is_aside(self, node: fx.Node, outer: Residual) -> bool:

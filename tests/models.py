@@ -1060,6 +1060,31 @@ class AroundOneBlock(nn.Module):
         return x + drop(self.body(x))
 
 
+class DenseLongSkip(nn.Module):
+    """RDN: blocks in series, all of whose values are fused, and a skip over that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.fuse = nn.Sequential(BranchRight(), BranchLeft(), BranchRight()), mlp(4 * WIDTH)
+        self.last = nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x.tanh()]
+        for block in self.blocks:
+            values.append(block(values[-1]))
+        return x + self.last(self.fuse(torch.cat(values, -1)))
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        values = [x.tanh()]
+        for block in self.blocks:
+            values.append(block.dropped(drop, values[-1]))
+        return x + self.last(self.fuse(torch.cat(values, -1)))
+
+
+def NumberedDenseLongSkip() -> Stack:
+    return Stack(DenseLongSkip())
+
+
 class NestedLongSkips(nn.Module):
     """RCAN: groups of blocks, each with its skip, and a skip over all groups."""
 
@@ -1556,6 +1581,7 @@ CASES = (
     Case(NumberedOuter, rows, (("blocks.0", "identity"),), ("it lies inside the branch of the residual add",)),
     Case(AroundOneBlock, rows, (IDENTITY,), ("it lies inside the branch of the residual add",)),
     Case(LongSkip, rows, tuple((f"body.{i}", "identity") for i in range(3)), (LONG_SKIP,)),
+    Case(NumberedDenseLongSkip, rows, tuple((f"blocks.0.blocks.{i}", "identity") for i in range(3)), (LONG_SKIP,)),
     Case(
         NestedLongSkips,
         rows,
