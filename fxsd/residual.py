@@ -359,7 +359,7 @@ class _Finder:
         """
         fork, branch = outer.fork, outer.branch
         inside = self.reach.summary(fork, branch)
-        if not inside.sites:
+        if not (inside.sites and is_activation(self.kinds[fork])):  # of a constant, `_feeds` has asked
             return None
         series = self._blocks(self.reach.marked_in_series(fork, branch))
         if series and call(series[0]) == call(outer.add) and self._is_aside(series[0], outer):

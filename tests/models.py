@@ -1385,6 +1385,22 @@ class PaddedBatch(WithBranch):
         return padded + drop(self.f(padded))
 
 
+class TokenBesideAnInternal(WithTwoBranches):
+    """The branch of a learned token reads a value from inside of a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.inner = nn.Parameter(torch.randn(1, WIDTH)), BranchRight()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.inner(x * self.token)
+        return x + self.f(y), self.token + self.g(y)
+
+    def dropped(self, drop: Drop, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.inner(x * self.token)
+        return x + drop(self.f(y)), self.token + drop(self.g(y))
+
+
 # --- calls and modes ------------------------------------------------------------------------------------------------------------
 
 
@@ -1600,6 +1616,7 @@ CASES = (
     Case(PartOfItself, tokens, (IDENTITY, IDENTITY)),
     Case(TwoStreamBlocks, two_rows, tuple((f"blocks.{i}", "identity") for i in range(3) for _ in range(4))),
     Case(LongSkipWithATap, rows, (IDENTITY, IDENTITY), (LONG_SKIP,)),
+    Case(TokenBesideAnInternal, rows, (IDENTITY, IDENTITY), ("it lies inside the branch of the residual add",)),
     Case(Unused, rows, (IDENTITY,), ("its result is not used",)),
     Case(ReadByAnotherName, rows, (IDENTITY,)),
     Case(PaddedBatch, rows, (IDENTITY,)),
