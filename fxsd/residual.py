@@ -307,9 +307,8 @@ class _Finder:
         for part, whole in pairwise(self._chain(candidate.shortcut, _CHAIN)):
             if part is candidate.fork:
                 break
-            same = self._parts(whole).get(part, [])
-            in_branch = [node for node in (whole, *same) if self.reach.is_ancestor(node, candidate.branch)]
-            if same and in_branch == [whole]:
+            same = self._parts(whole).get(part)
+            if same and [node for node in (whole, *same) if self.reach.is_ancestor(node, candidate.branch)] == [whole]:
                 return "its shortcut is one part of a value whose other parts go into its branch, as the shift of an adaptive norm is"
         return None
 
@@ -337,9 +336,11 @@ class _Finder:
         if candidate.kind == "projection":
             if branch.kinds <= _LINEAR:
                 return "both sides are linear, as in reparametrised convolutions"
+            # A block that changes the resolution does so on both sides, and in one direction. An opaque call may resize unseen.
             shortcut = self.reach.summary(candidate.fork, candidate.shortcut)
-            one_sided = (Kind.RESIZE in branch.kinds) is not (Kind.RESIZE in shortcut.kinds)
-            if (one_sided and Kind.OPAQUE not in branch.kinds) or {Kind.POOL, Kind.RESIZE} <= shortcut.kinds:
+            below = Kind.RESIZE in branch.kinds - shortcut.kinds
+            above = Kind.RESIZE in shortcut.kinds and (Kind.POOL in shortcut.kinds or branch.kinds.isdisjoint({Kind.RESIZE, Kind.OPAQUE}))
+            if below or above:
                 return _MERGE
         elif Kind.RESIZE in branch.kinds:
             numbered = _NUMBERED.search(owner(candidate.add))

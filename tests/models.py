@@ -587,6 +587,14 @@ class LateralUNet(PlainUNet):
         return self.leave(self.lateral(x) + F.interpolate(down, scale_factor=2))
 
 
+class LateralUNetOverPython(LateralUNet):
+    """The lower level is a call whose inside is not in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(Sized(), nn.ReLU(), Sized())
+
+
 class ConvBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1544,6 +1552,7 @@ CASES = (
     Case(AttentionPooling, token_numbers, (), (CONSTANT,)),
     Case(PlainUNet, images, (), ("as a U-Net does",)),
     Case(LateralUNet, images, (), ("as a U-Net does",)),
+    Case(LateralUNetOverPython, images, (), ("as a U-Net does",)),
     Case(
         ResidualUNet,
         images,
