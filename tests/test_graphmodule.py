@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import fxsd
 from fxsd.graphmodule import copy_graph
@@ -126,3 +127,46 @@ def test_an_attribute_that_a_graph_module_needs_itself_is_not_shadowed():
     assert isinstance(gm.graph, fx.Graph)
     assert "def forward" in gm.code
     assert gm(torch.ones(1, 2)).shape == (1, 2)
+
+
+class Pools(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x + self.conv(x).relu(), 2)
+
+
+def test_functions_that_pickle_cannot_find_by_name_are_pickled():
+    gm = fxsd.transform(Pools(), scaling="train").eval()  # F.max_pool2d is made by another function
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(pickle.loads(pickle.dumps(gm))(x), gm(x))
+
+
+def test_a_forward_that_was_patched_onto_the_root_is_the_one_that_runs():
+    model = Pools()
+    model.forward = lambda x: F.max_pool2d(x + model.conv(x).relu(), 4)
+    gm = fxsd.transform(model, scaling="train").eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert gm(x).shape == (2, 3, 2, 2)
+    assert torch.equal(gm(x), model(x))
+
+
+def test_a_transformed_model_has_the_methods_and_properties_of_its_class():
+    class Named(Pools):
+        @property
+        def width(self) -> int:
+            return self.conv.out_channels
+
+        def features(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    model = Named()
+    gm = fxsd.transform(model)
+    assert isinstance(gm, Named)
+    assert isinstance(gm, torch.fx.GraphModule)
+    assert gm.width == 3
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(gm.features(x), model.features(x))
+    assert isinstance(copy.deepcopy(gm), Named)

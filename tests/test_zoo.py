@@ -43,6 +43,11 @@ SITES = {
     # video
     "mc3_18": (8, 8), "mvit_v1_b": (32, 16), "mvit_v2_s": (32, 16), "r2plus1d_18": (8, 8), "r3d_18": (8, 8), "s3d": (0, 0),
     "swin3d_b": (48, 24), "swin3d_s": (48, 24), "swin3d_t": (24, 12),
+    # quantization, before it is prepared: adds are methods of modules
+    "quantized_googlenet": (0, 0), "quantized_inception_v3": (0, 0), "quantized_mobilenet_v2": (10, 10),
+    "quantized_mobilenet_v3_large": (10, 10), "quantized_resnet18": (8, 8), "quantized_resnet50": (16, 16),
+    "quantized_resnext101_32x8d": (33, 33), "quantized_resnext101_64x4d": (33, 33), "quantized_shufflenet_v2_x0_5": (0, 0),
+    "quantized_shufflenet_v2_x1_0": (0, 0), "quantized_shufflenet_v2_x1_5": (0, 0), "quantized_shufflenet_v2_x2_0": (0, 0),
 }  # fmt: skip
 
 QUICK = [
@@ -63,7 +68,7 @@ TIMM = {
 
 def build(name: str) -> nn.Module:
     extra = {"weights_backbone": None} if name in torchvision.models.list_models(torchvision.models.segmentation) else {}
-    if name in ("googlenet", "inception_v3"):
+    if name.endswith(("googlenet", "inception_v3")):
         extra = {"init_weights": False}
     return torchvision.models.get_model(name, weights=None, **extra)
 
@@ -72,7 +77,8 @@ def example(name: str, batch: int) -> torch.Tensor:
     if name in torchvision.models.list_models(torchvision.models.video):
         side = 224 if name.startswith(("mvit", "s3d")) else 112
         return torch.randn(batch, 3, 16, side, side)
-    return torch.randn(batch, 3, 299 if name == "inception_v3" else 224, 299 if name == "inception_v3" else 224)
+    side = 299 if name.endswith("inception_v3") else 224
+    return torch.randn(batch, 3, side, side)
 
 
 @pytest.mark.filterwarnings("ignore:The default weight initialization")
