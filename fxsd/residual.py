@@ -129,7 +129,7 @@ class _Finder:
     holds: Callable[[fx.Node], int]
     accepted: dict[fx.Node, list[Residual]] = field(default_factory=dict)  # a sum with its shortcut -> the branches in it
     rejected: dict[fx.Node, RejectedAdd] = field(default_factory=dict)
-    long_skips: set[fx.Node] = field(default_factory=set)
+    long_skips: dict[fx.Node, fx.Node] = field(default_factory=dict)  # a sum -> the fork of its sides
     # x + f(x) + g(x): the second branch has the shortcut of the first. From a sum that was accepted, where its shortcuts lead to:
     fork_of: dict[fx.Node, fx.Node] = field(default_factory=dict)  # the first value with other users, which may be a fork
     start_of: dict[fx.Node, fx.Node] = field(default_factory=dict)  # the first value that is no such sum
@@ -362,15 +362,15 @@ class _Finder:
         inside = self.reach.summary(fork, branch)
         if not (inside.sites and is_activation(self.kinds[fork])):  # of a constant, `_feeds` has asked
             return None
-        series = self._blocks(self.reach.marked_in_series(fork, branch))
+        series = self._blocks(self.reach.marked_in_series(fork, branch), fork)
         if series and call(series[0]) == call(outer.add) and self._is_aside(series[0], outer):
             series = []
         if len(series) > 1:
-            self.long_skips.add(outer.add)
+            self.long_skips[outer.add] = outer.fork
             return f"it is a long skip over residual blocks such as {series[0].name}"
         together = [node for node in series if node in self.accepted and call(node) == call(outer.add)]
         if series and not together and self._is_global(outer, series[0]):
-            self.long_skips.add(outer.add)
+            self.long_skips[outer.add] = outer.fork
             return f"it is a long skip over the residual block {series[0].name} and more"
         if series and Kind.RESIZE in inside.kinds:
             return _MERGE
@@ -385,7 +385,7 @@ class _Finder:
                 aside.update((node, *self._single_inputs(self.accepted[node][0].shortcut, _STREAM)))
         internals = [node for node in inner if node not in together and node not in aside and not self.include(owner(node))]
         if chained := self._fed_by_another(internals, outer):
-            self.long_skips.add(outer.add)
+            self.long_skips[outer.add] = outer.fork
             return f"it is a long skip over residual blocks such as {chained.name}"
         self.reach.unmark(internals, fork, branch)
         for node in internals:
@@ -412,10 +412,13 @@ class _Finder:
         inside = {outer.add, outer.branch}
         return any(user not in inside and not self.reach.is_ancestor(user, outer.branch) for user in users)
 
-    def _blocks(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-        """The residual blocks among nodes in series, until there are two."""
+    def _blocks(self, nodes: Iterable[fx.Node], fork: fx.Node) -> list[fx.Node]:
+        """The residual blocks among nodes in series, until there are two. A long skip from elsewhere, as of a mask, stands for none."""
         found: list[fx.Node] = []
         for node in nodes:
+            start = self.long_skips.get(node, fork)
+            if start is not fork and not self.reach.is_ancestor(fork, start):
+                continue
             found += [node] * self.blocks_in(node)
             if len(found) > 1:
                 break

@@ -218,6 +218,7 @@ def _kind(node: fx.Node, known: dict[fx.Node, Kind], module: Callable[[str], nn.
 
 
 def _function_kind(node: fx.Node, name: str, alive: int) -> Kind:
+    name = name.removeprefix("fft_")  # torch.fft.fftn
     if name in _VIEWS:
         return Kind.VIEW
     if name in _ADDS:

@@ -528,6 +528,49 @@ def masked_tokens(batch: int) -> tuple[Tensor, ...]:
     return (*tokens(batch), mask)
 
 
+class CrossAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.memory = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        keys = self.memory(memory)
+        return (self.query(x) @ keys.transpose(-2, -1) + mask).softmax(-1) @ keys
+
+
+class MaskedCrossAttention(nn.Module):
+    """The second sum of scores and mask looks like a skip over the first layer, and is no part of the second one's branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlps = nn.ModuleList(CrossAttention() for _ in range(2)), nn.ModuleList(mlp() for _ in range(2))
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        return self.dropped(lambda branch: branch, x, memory, mask)
+
+    def dropped(self, drop: Drop, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        for attention, feed_forward in zip(self.attention, self.mlps, strict=True):
+            x = x + drop(attention(x, memory, mask))
+            x = x + drop(feed_forward(x))
+        return x
+
+
+class FourierMixing(nn.Module):
+    """Mixes tokens without a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(WIDTH), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x + torch.fft.fftn(x, dim=(1, 2)).real)
+        return x + self.mlp(x)
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        x = self.norm(x + drop(torch.fft.fftn(x, dim=(1, 2)).real))
+        return x + drop(self.mlp(x))
+
+
 class PaddingMask(MaskedAttention):
     """The mask is computed from the token numbers, as the tokens are."""
 
@@ -1549,6 +1592,13 @@ CASES = (
     Case(TwoStreams, two_rows, (), (NO_SHORTCUT,)),
     Case(MaskedAttention, masked_tokens, (IDENTITY,), (NO_SHORTCUT,)),
     Case(PaddingMask, token_numbers, (IDENTITY,), (CONSTANT,)),
+    Case(
+        MaskedCrossAttention,
+        lambda batch: (*tokens(batch), *masked_tokens(batch)),
+        (IDENTITY, IDENTITY, IDENTITY, IDENTITY),
+        ("neither side is a shortcut", "long skip"),
+    ),
+    Case(FourierMixing, tokens, (IDENTITY, IDENTITY)),
     Case(AttentionPooling, token_numbers, (), (CONSTANT,)),
     Case(PlainUNet, images, (), ("as a U-Net does",)),
     Case(LateralUNet, images, (), ("as a U-Net does",)),
