@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 
+import numpy
 import pytest
 import timm.layers
 import torch
@@ -533,3 +534,24 @@ def test_the_backward_of_an_autograd_function_stays(example_inputs):
         found = torch.autograd.grad(again(x).square().sum(), list(again.parameters()))
         assert all(g.abs().sum() > 0 for g in found)
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+class SizesByNumpy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (numpy.array(x.shape[1:]) % 4).any():
+            raise ValueError("sizes must be multiples of 4")
+        return x + self.fc(x).relu()
+
+
+def test_numpy_may_look_at_sizes():
+    model = SizesByNumpy().eval()
+    gm = fxsd.transform(model, scaling="train", example_inputs=(torch.randn(2, 4, 8),))
+    for batch in (2, 3):
+        x = torch.randn(batch, 4, 8)
+        assert torch.equal(gm(x), model(x))
+    with pytest.raises(fxsd.FxsdError, match="captured for inputs of another size"):
+        gm(torch.randn(2, 5, 8))

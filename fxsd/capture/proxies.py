@@ -46,6 +46,8 @@ class Value(fx.Proxy):
         return float(self.tracer.decide(self, float))
 
     def __len__(self) -> int:
+        if self.tracer.examples is not None:
+            len(self.tracer.known(self))  # NumPy asks numbers too: nothing is recorded where there is no length
         return int(self.tracer.decide(self._call(len), int))
 
     def __contains__(self, item: Any) -> bool:
