@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from fxsd.capture.tracer import Tracer
 
 
+_FLOOR, _CEIL = math.floor, math.ceil  # themselves: others may stand in their place during a trace
+
+
 class Value(fx.Proxy):
     """A value of the trace. Python that must know it (`if`, `len`, `int`) asks the tracer.
 
@@ -57,10 +60,10 @@ class Value(fx.Proxy):
         return self._call(round) if digits is None else self._call(round, digits)
 
     def __floor__(self) -> Value:
-        return self._call(math.floor)
+        return self._call(_FLOOR)
 
     def __ceil__(self) -> Value:
-        return self._call(math.ceil)
+        return self._call(_CEIL)
 
     def __trunc__(self) -> Value:
         return self._call(math.trunc)
