@@ -16,7 +16,7 @@ from fxsd.dominators import Dominators
 from fxsd.values import Kind, activation_inputs, bases, is_activation, written
 
 MANY = 4  # a summary names at most as many nodes
-_HEAVY = {Kind.LINEAR, Kind.MIX, Kind.OPAQUE}
+HEAVY = {Kind.LINEAR, Kind.MIX, Kind.OPAQUE}
 _TABLES = 16  # tables of paths that are kept
 
 
@@ -95,10 +95,10 @@ class Reach:
 
     def _summary_of(self, node: fx.Node, marked: bool) -> Summary:
         kind = self.kinds[node]
-        if kind not in _HEAVY and not marked:
+        if kind not in HEAVY and not marked:
             return _ONLY[kind]
         sealed = kind is Kind.OPAQUE and (node.op != "call_function" or any(self.kinds[a] is Kind.CONSTANT for a in node.all_input_nodes))
-        return Summary(frozenset([kind]), (node,) if kind in _HEAVY else (), sealed, marked)
+        return Summary(frozenset([kind]), (node,) if kind in HEAVY else (), sealed, marked)
 
     # --- who comes from whom ------------------------------------------------------------------------------------------------
 
@@ -114,15 +114,12 @@ class Reach:
         return len(self._inputs[merge]) > 1 and self.index[node] < self.index[merge] and node in self._paths_to(merge, node)
 
     def is_behind(self, node: fx.Node, of: fx.Node) -> bool:
-        """Does every path to the activation `of` pass the activation `node`?"""
-        return self._tree.dominates(node, of)
+        """Does every path to the activation `of` pass `node`? None passes a constant only."""
+        return is_activation(self.kinds[node]) and self._tree.dominates(node, of)
 
     def common_fork(self, a: fx.Node, b: fx.Node) -> fx.Node | None:
         """The last activation through which everything goes that `a` and `b` are computed from; None if there is none."""
         return self._tree.nearest_common(a, b)
-
-    def _dominates(self, node: fx.Node, of: fx.Node) -> bool:
-        return is_activation(self.kinds[node]) and self._tree.dominates(node, of)
 
     def _merge(self, node: fx.Node, of: fx.Node) -> fx.Node:
         """The first node through which everything goes from `node`, which does not dominate `of`, to `of`."""
@@ -171,7 +168,7 @@ class Reach:
 
     def marked_in_series(self, fork: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
         """The marked nodes that every path from `fork` to `end` passes, nearest to `end` first."""
-        if not self._dominates(fork, end):
+        if not self.is_behind(fork, end):
             region = self.region(fork, end)
             always = _cuts(region, fork)
             yield from (node for node in reversed(region) if node in always and node in self._marked)
@@ -184,14 +181,14 @@ class Reach:
 
     def marked_between(self, fork: fx.Node, end: fx.Node) -> list[fx.Node]:
         """All marked nodes on the paths from `fork` to `end`, in order."""
-        if not self._dominates(fork, end):
+        if not self.is_behind(fork, end):
             return [node for node in self.region(fork, end) if node in self._marked]
         return sorted(self._marked & self._of_interest(fork, end), key=self.index.__getitem__)
 
     def unmark(self, nodes: Iterable[fx.Node], fork: fx.Node, end: fx.Node) -> None:
         """Takes the marks off nodes between `fork` and `end`."""
         self._marked.difference_update(nodes)
-        passed = self._of_interest(fork, end) if self._dominates(fork, end) else set(nodes)
+        passed = self._of_interest(fork, end) if self.is_behind(fork, end) else set(nodes)
         for node in sorted(passed, key=self.index.__getitem__):
             if node in self._holding and not self._holds(node):
                 self._holding.remove(node)

@@ -24,14 +24,13 @@ from itertools import accumulate, pairwise
 
 from torch import fx
 
-from fxsd.reach import MANY, NOTHING, Reach, Summary, live
+from fxsd.reach import HEAVY, MANY, NOTHING, Reach, Summary, live
 from fxsd.values import Kind, is_activation, op_name, written
 
 _CHAIN = {Kind.VIEW, Kind.SCALE, Kind.DROP}
 _LIGHT = {Kind.NORM, Kind.POOL, Kind.PAD, Kind.NONLINEAR, Kind.RESIZE, Kind.JOIN}
 _STREAM = _CHAIN | {Kind.NORM, Kind.NONLINEAR}
-_HEAVY = {Kind.LINEAR, Kind.MIX, Kind.OPAQUE}
-_WORK = _HEAVY | {Kind.POOL}
+_WORK = HEAVY | {Kind.POOL}
 _LINEAR = {Kind.LINEAR, Kind.VIEW, Kind.SCALE, Kind.NORM, Kind.PAD, Kind.DROP, Kind.ADD, Kind.JOIN, Kind.RESIZE, Kind.POOL}
 _BARE = {Kind.LINEAR, Kind.VIEW, Kind.SCALE, Kind.PAD}
 _MERGE = "one of its sides goes down and up again in resolution: it merges levels, as a U-Net does"
@@ -250,7 +249,7 @@ class _Finder:
         """How much a side does: pools alone make no branch. Up to `MANY`, unless it has to be exact."""
         counted = len(self._side(fork, side).heavy)
         if exact and counted == MANY:
-            return sum(self.kinds[node] in _HEAVY for node in self.reach.region(fork, self.start_of.get(side, side)))
+            return sum(self.kinds[node] in HEAVY for node in self.reach.region(fork, self.start_of.get(side, side)))
         return counted
 
     def _is_light(self, fork: fx.Node, shortcut: fx.Node) -> bool:

@@ -186,6 +186,11 @@ def is_size(node: fx.Node) -> bool:
     return True
 
 
+def is_flag(node: fx.Node) -> bool:
+    """Does `node` read the `training` of a module?"""
+    return node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training"
+
+
 def is_activation(kind: Kind) -> bool:
     return kind not in (Kind.CONSTANT, Kind.SHAPE)
 
@@ -198,7 +203,7 @@ def _kind(node: fx.Node, known: dict[fx.Node, Kind], module: Callable[[str], nn.
     if node.op == "placeholder":
         return Kind.INPUT
     if node.op == "get_attr":
-        return Kind.SHAPE if str(node.target).rpartition(".")[2] == "training" else Kind.CONSTANT
+        return Kind.SHAPE if is_flag(node) else Kind.CONSTANT
     if node.op == "output":
         return Kind.SHAPE
     inputs = [known[arg] for arg in node.all_input_nodes]

@@ -19,13 +19,6 @@ TOOLS = Path(__file__).parents[1] / "tools"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-@pytest.fixture(scope="module")
-def tool():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        yield importlib.import_module("visualize")
-
-
 class Block(nn.Module):
     def __init__(self, project: bool = False):
         super().__init__()

@@ -191,7 +191,8 @@ class _Capturer:
                 tracer = Tracer(path, known | leaves, training, hidden_residual_adds, constants, self.snapshot.restore, self.fakes)
                 tracer.trace_model(module, call)
                 changed = self.snapshot.changed(module) if tracer.branched else set()
-                tracer.changed = {name for name, inner in module.named_modules(prefix=path) if inner in changed}
+                if changed:
+                    tracer.changed = {name for name, inner in module.named_modules(prefix=path) if inner in changed}
                 self.snapshot.restore(module)  # the next trace must not see the values of this one
                 tracers.append(tracer)
             if any(str(tracer.graph) != str(tracers[0].graph) for tracer in tracers[1:]):

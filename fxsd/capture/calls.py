@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
+from fxsd.capture.modes import in_mode
 from fxsd.errors import FxsdError
 
 Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
@@ -90,20 +91,14 @@ def observed(model: nn.Module, call: Call, fakes: FakeTensorMode, training: bool
             with suppress(Exception):  # an argument that cannot be copied: a generator, a lock
                 calls[key] = without_values((args, kwargs), fakes)
 
-    modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     failure: Exception | None = None
     try:
-        for module in modes:
-            module.training = training
-        with _noted_calls(note), torch.no_grad():
+        with in_mode(model, training), _noted_calls(note), torch.no_grad():
             args, kwargs = copy.deepcopy(call)
             torch.func.functional_call(model, buffers, args, kwargs)
     except Exception as error:  # the model's own code
         failure = error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return Run(seen, failure)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxsd.capture.calls import without_values
+from fxsd.capture.modes import in_mode
 
 
 class Examples:
@@ -71,7 +72,7 @@ class Examples:
         try:
             return torch.func.functional_call(module, state, args, kwargs)
         except Exception:
-            with _evaluating(module):  # what a module only looks at in training, NaNs for example, has no say in shapes
+            with in_mode(module, False):  # what a module only looks at in training, NaNs for example, has no say in shapes
                 return torch.func.functional_call(module, state, args, kwargs)
 
     def _attribute(self, name: str) -> Any:
@@ -84,15 +85,3 @@ class Examples:
 
     def _fake(self, value: Any) -> Any:
         return torch.utils._pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = {inner: inner.__dict__["training"] for inner in module.modules()}
-    try:
-        for inner in modes:
-            inner.__dict__["training"] = False
-        yield
-    finally:
-        for inner, mode in modes.items():
-            inner.__dict__["training"] = mode

@@ -26,6 +26,19 @@ class Flag(fx.Proxy):
 
 
 @contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Inside, `model` and every module in it are in training mode, or not, whatever their own `train()` would do."""
+    modes = {module: module.__dict__["training"] for module in model.modules()}
+    try:
+        for module in modes:
+            module.__dict__["training"] = training
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.__dict__["training"] = mode
+
+
+@contextmanager
 def live_training(read: Callable[[nn.Module], Any]) -> Iterator[None]:
     """Inside, `module.training` is `read(module)` for every module; assignments still reach the module itself."""
 

@@ -22,7 +22,7 @@ _FACTORIES = (
     "arange", "as_tensor", "asarray", "bernoulli", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint",
     "randn", "randperm", "tensor", "zeros",
 )  # fmt: skip
-_LIMITS = (torch.finfo, torch.iinfo)  # of a dtype, which may be that of a value of the trace
+_LIMITS = ("finfo", "iinfo")  # of a dtype, which may be that of a value of the trace
 _CONTEXTS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast)
 
 
@@ -33,18 +33,18 @@ class Untraceable(Exception):
 @contextmanager
 def recorded_factories(tracer: Tracer) -> Iterator[None]:
     """Factories of tensors are recorded even where no argument is a value of the trace."""
-    originals = {name: getattr(torch, name) for name in (*_FACTORIES, "finfo", "iinfo")}
+    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_LIMITS)}
 
-    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
-            if tracer.set_aside or (function in _LIMITS and not any(isinstance(arg, fx.Proxy) for arg in args)):
+            if tracer.set_aside or (name in _LIMITS and not any(isinstance(arg, fx.Proxy) for arg in args)):
                 return function(*args, **kwargs)
             return tracer.create_proxy("call_function", function, args, kwargs)
 
         return record
 
     for name, function in originals.items():
-        setattr(torch, name, recorded(function))
+        setattr(torch, name, recorded(name, function))
     try:
         yield
     finally:

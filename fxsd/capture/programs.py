@@ -16,6 +16,7 @@ from torch import fx
 
 from fxsd.capture.tracer import Tracer
 from fxsd.residual import call, owner
+from fxsd.values import is_flag
 
 
 def trace_modes(
@@ -80,7 +81,7 @@ def _pieces(graph: fx.Graph) -> dict[tuple[str, str], list[str]]:
     """(module, call of it) -> what its own forward does, whatever the names of the values and the numbers."""
     pieces: dict[tuple[str, str], list[str]] = defaultdict(list)
     for node in graph.nodes:
-        if node.op not in ("placeholder", "output") and not _is_flag(node):
+        if node.op not in ("placeholder", "output") and not is_flag(node):
             args = fx.node.map_aggregate((node.args, node.kwargs), _shape)
             pieces[owner(node), call(node)].append(f"{node.op} {node.target} {args}")
     return pieces
@@ -90,18 +91,14 @@ def _shape(arg: Any) -> str:
     return "%" if isinstance(arg, fx.Node) else "#"
 
 
-def _is_flag(node: fx.Node) -> bool:
-    return node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training"
-
-
 def _pick_numbers(root: str, train: Tracer, evaluated: Tracer) -> bool:
     """Makes the training graph hold in both modes, if it differs from the other one in numbers alone. Says whether it does."""
-    ours = [node for node in train.graph.nodes if not _is_flag(node)]
-    theirs = [node for node in evaluated.graph.nodes if not _is_flag(node)]
+    ours = [node for node in train.graph.nodes if not is_flag(node)]
+    theirs = [node for node in evaluated.graph.nodes if not is_flag(node)]
     if len(ours) != len(theirs):
         return False
     twin: dict[fx.Node, fx.Node] = {}  # of the other graph -> of this one
-    flags = {node.target: node for node in train.graph.nodes if _is_flag(node)}
+    flags = {node.target: node for node in train.graph.nodes if is_flag(node)}
     differing: list[tuple[fx.Node, Any]] = []
     for mine, other in zip(ours, theirs, strict=True):
         twin[other] = mine

@@ -32,6 +32,7 @@ from fxsd.capture.signature import bind
 from fxsd.capture.source import failing_line, this_line
 from fxsd.errors import CaptureError, FxsdError
 from fxsd.graphmodule import CONSTANTS
+from fxsd.values import is_flag
 
 # nn.Module subclasses whose own forward holds no sum of activations, or is not worth reading, are leaves; these hold residual adds.
 _COMPOSITES = (
@@ -117,7 +118,7 @@ class Tracer(fx.Tracer):
                 raise CaptureError(self._why(self.path, root, error)) from error
         place_in_model(graph, self.path, type(root))
         for flag in list(graph.nodes):
-            if flag.op == "get_attr" and flag.target.rpartition(".")[2] == "training" and not flag.users:
+            if is_flag(flag) and not flag.users:
                 graph.erase_node(flag)
         return graph
 
