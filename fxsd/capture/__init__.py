@@ -190,10 +190,9 @@ class _Capturer:
             for call in (in_training if training else in_evaluation).values():
                 tracer = Tracer(path, known | leaves, training, hidden_residual_adds, constants, self.snapshot.restore, self.fakes)
                 tracer.trace_model(module, call)
-                changed = self.snapshot.changed(module) if tracer.branched else set()
-                if changed:
+                changed = self.snapshot.restore(module)  # the next trace must not see the values of this one
+                if changed and tracer.branched:
                     tracer.changed = {name for name, inner in module.named_modules(prefix=path) if inner in changed}
-                self.snapshot.restore(module)  # the next trace must not see the values of this one
                 tracers.append(tracer)
             if any(str(tracer.graph) != str(tracers[0].graph) for tracer in tracers[1:]):
                 raise CaptureError(f"module {path!r} ({type(module).__name__}) is called in ways that make it run different code.")
@@ -262,7 +261,9 @@ def _check(model: Any) -> None:
 def _wrapped(module: nn.Module) -> nn.Module | None:
     """The module that a wrapper which runs it in its own way is around: compiled, data parallel, sharded."""
     distributed = type(module).__module__.startswith(("torch.nn.parallel", "torch.distributed"))
-    inner = getattr(module, "module" if distributed else "_orig_mod", None)
+    name = "module" if distributed else "_orig_mod"
+    # A module answers slowly that it has no such attribute, and every one is asked.
+    inner = getattr(module, name, None) if distributed or name in module._modules else None
     return inner if isinstance(inner, nn.Module) else None
 
 

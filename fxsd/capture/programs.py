@@ -41,10 +41,11 @@ def trace_modes(
         return train, None, frozenset()
     evaluated = trace(frozenset(), False)
     differing = _differing(root, train, evaluated)
-    owners = owners_of_sites(train.graph) | owners_of_sites(evaluated.graph) | train.broken.keys() | train.apart if differing else set()
-    apart = frozenset(path for path in differing if path != root and any(within(owner, path) for owner in owners))
     leaves = differing - {root}
+    apart: Set[str] = frozenset()
     if leaves:
+        owners = owners_of_sites(train.graph) | owners_of_sites(evaluated.graph) | train.broken.keys() | train.apart
+        apart = frozenset(path for path in leaves if any(within(owner, path) for owner in owners))
         train, evaluated = trace(leaves, True), trace(leaves, False)
     if _pick_numbers(root, train, evaluated):
         return train, None, apart

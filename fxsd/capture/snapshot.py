@@ -22,14 +22,9 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self._kept = {module: _Kept(module.__dict__) for module in model.modules()}
 
-    def restore(self, part: nn.Module) -> None:
-        """Puts back `part` and every module in it."""
-        for module in self._inside(part):
-            self._kept[module].restore(module.__dict__)
-
-    def changed(self, part: nn.Module) -> set[nn.Module]:
-        """The modules in `part` whose attributes are not what they were."""
-        return {module for module in self._inside(part) if self._kept[module].differs(module.__dict__)}
+    def restore(self, part: nn.Module) -> set[nn.Module]:
+        """Puts back `part` and every module in it. Returns those that had changed."""
+        return {module for module in self._inside(part) if self._kept[module].restore(module.__dict__)}
 
     def _inside(self, part: nn.Module) -> set[nn.Module]:
         """The modules in `part` at the time of the snapshot, whatever a trace did to the tree since."""
@@ -67,24 +62,25 @@ class _Kept:
         self._empty = [container for container in containers if not container]
         self._full = [(container, container.copy()) for container in containers if container]
 
-    def differs(self, attributes: dict[str, Any]) -> bool:
-        same = _same(attributes, self._attributes) and all(_same(container, content) for container, content in self._full)
-        return not same or any(self._empty)
-
-    def restore(self, attributes: dict[str, Any]) -> None:
-        if not _same(attributes, self._attributes):
+    def restore(self, attributes: dict[str, Any]) -> bool:
+        """Says whether there was anything to do."""
+        changed = not _same(attributes, self._attributes)
+        if changed:
             attributes.clear()
             attributes.update(self._attributes)
         for container, content in self._full:
             if not _same(container, content):
+                changed = True
                 if isinstance(container, list):
                     container[:] = content
                 else:
                     container.clear()
                     container.update(content)
         if any(self._empty):
+            changed = True
             for container in self._empty:
                 container.clear()
+        return changed
 
 
 def _same(a: Any, b: Any) -> bool:
