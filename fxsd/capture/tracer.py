@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.proxy import ParameterProxy
+from torch.fx.proxy import ParameterProxy, TracerBase
 from torch.nn.utils import parametrize
 
 from fxsd.capture.calls import Call
@@ -38,6 +38,7 @@ from fxsd.values import is_flag
 _COMPOSITES = (
     nn.Sequential, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer, nn.Transformer,
 )  # fmt: skip
+_PLAIN = {tuple, list, dict, slice, str, int, float, bool, type(None)}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -70,7 +71,7 @@ class Tracer(fx.Tracer):
         training: bool = True,
         hides_sites: Callable[[nn.Module], int] = lambda module: 0,
         constants: dict[str, torch.Tensor] | None = None,
-        restore: Callable[[nn.Module], None] = lambda module: None,
+        restore: Callable[[nn.Module], object] = lambda module: None,
         fakes: FakeTensorMode | None = None,
     ) -> None:
         super().__init__()
@@ -210,9 +211,10 @@ class Tracer(fx.Tracer):
         path = self._in_model(module_qualified_name)
         if path in self.leaves:
             return True
-        if any(getattr(m, hooks, None) for hooks in _HOOKS) or parametrize.is_parametrized(m):
+        # A module answers slowly that it has no such attribute, and every one is asked.
+        if any(map(m.__dict__.get, _HOOKS)) or ("parametrizations" in m._modules and parametrize.is_parametrized(m)):
             reason = "has hooks or parametrizations, which run only when it is called"
-        elif isinstance(m, torch.jit.ScriptModule) or hasattr(m, "_orig_mod"):
+        elif isinstance(m, torch.jit.ScriptModule) or "_orig_mod" in m._modules:
             reason = "is compiled"
         else:
             reason = None
@@ -231,14 +233,14 @@ class Tracer(fx.Tracer):
         path = self.submodule_paths.get(m) if self.submodule_paths else None
         if path is None:
             return self._call_unregistered(m, forward, args, kwargs)
-        last, written, stack = next(iter(reversed(self.graph.nodes))), len(self.journal), dict(self.module_stack)
+        nodes, written, depth = len(self.graph.nodes), len(self.journal), len(self.module_stack)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:
             path = self._in_model(path)
             kept = self.broken if self.hides_sites(m) else self.opaque
             kept[path] = self._why(path, m, error)
-            self._roll_back(last, written, stack)
+            self._roll_back(nodes, written, depth)
             self.restore(m)
             self.leaves |= {path}
             return super().call_module(m, forward, args, kwargs)
@@ -249,14 +251,14 @@ class Tracer(fx.Tracer):
             raise Untraceable(f"it calls a {type(m).__name__} that is not one of its submodules")
         return forward(*args, **kwargs)
 
-    def _roll_back(self, last: fx.Node, written: int, stack: dict[str, Any]) -> None:
+    def _roll_back(self, nodes: int, written: int, depth: int) -> None:
+        """Takes back all but the first so many nodes, entries of the journal and modules on the stack."""
         while len(self.journal) > written:
             value, node = self.journal.pop()
             value.node = node
         erased = set()
-        for node in reversed(self.graph.nodes):
-            if node is last:
-                break
+        while len(self.graph.nodes) > nodes:
+            node = next(iter(reversed(self.graph.nodes)))
             self.graph.erase_node(node)
             erased.add(node)
             if self.examples:
@@ -266,8 +268,8 @@ class Tracer(fx.Tracer):
                 del cache[key]
         for decided in [key for key in self._decided if key[0] in erased]:
             del self._decided[decided]
-        self.module_stack.clear()
-        self.module_stack.update(stack)
+        while len(self.module_stack) > depth:
+            self.module_stack.popitem()
 
     # --- attributes and constants -----------------------------------------------------------------------------------
 
@@ -283,6 +285,8 @@ class Tracer(fx.Tracer):
         return self._attributes[name]
 
     def create_arg(self, a: Any) -> Any:
+        if type(a) in _PLAIN:  # `fx.Tracer` asks first whether it is a parameter, a module, an opaque object
+            return TracerBase.create_arg(self, a)
         if isinstance(a, fx.Proxy):
             if a.node._erased:
                 raise Untraceable("it uses a value that a module, which cannot be traced, has left behind")
