@@ -21,13 +21,14 @@ def drop_paths(model: nn.Module) -> frozenset[nn.Module]:
     """The modules of `model` that are stochastic depth: fxsd's own, and any other that behaves like it."""
     seen: dict[Any, bool] = {}
     found: list[nn.Module] = []
+    x = torch.rand(_PROBE_SAMPLES, 3, 2, 2) + 0.5
     for module in model.modules():
         if isinstance(module, StochasticDepth):
             found.append(module)
         elif _candidate(module):
             key = _key(module)
             if key not in seen:
-                seen[key] = _drops_samples(module)
+                seen[key] = _drops_samples(module, x.clone())
             if seen[key]:
                 found.append(module)
     return frozenset(found)
@@ -50,9 +51,8 @@ def _key(module: nn.Module) -> Any:
     return (type(module), tuple(sorted(own.items()))) if plain else id(module)
 
 
-def _drops_samples(module: nn.Module) -> bool:
+def _drops_samples(module: nn.Module, x: torch.Tensor) -> bool:
     mode = module.training
-    x = torch.rand(_PROBE_SAMPLES, 3, 2, 2) + 0.5
     try:
         with torch.no_grad():
             module.training = False
