@@ -35,6 +35,7 @@ class StochasticDepth(nn.Module):
         scaling: `"inference"` multiplies by 1 - drop_rate in eval, `"train"` divides by it in training.
         site, module, depth, kind: what the op stands for, shown in its repr; they decide nothing.
         weight: `drop_rate` over the model-wide rate, for `fxsd.set_drop_rate`.
+        device: of the rate.
 
     Shape:
         - Input: `[batch, ...]`, any floating dtype and memory format.
@@ -69,9 +70,10 @@ class StochasticDepth(nn.Module):
         depth: int = 0,
         kind: str = "identity",
         weight: float = 1.0,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.register_buffer("drop_rate", torch.tensor(drop_rate, dtype=torch.float32), persistent=False)
+        self.register_buffer("drop_rate", torch.tensor(drop_rate, dtype=torch.float32, device=device), persistent=False)
         self._never_drops = drop_rate == 0.0
         self.stochastic_method = stochastic_method
         self.scaling = scaling

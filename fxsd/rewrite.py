@@ -8,9 +8,10 @@ before                                    after, for every site
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 
 import torch
 from torch import fx, nn
@@ -70,6 +71,7 @@ def _rewrite_part(
     root = shallow_tree(part.module, part.graphs, part.constants, replaced)
     twins = {plan.name: eval_residuals[plan.name] for plan in plans if plan.name in eval_residuals}
     retired = _retire(root, [*(plan.residual for plan in plans), *twins.values()])
+    numbers: dict[nn.Module, Iterator[int]] = defaultdict(count)  # of the ops in one module
     for plan in plans:
         path = part.to_local(plan.residual.module)
         home = root.get_submodule(path)
@@ -82,9 +84,9 @@ def _rewrite_part(
             depth=plan.depth,
             kind=plan.residual.kind,
             weight=plan.weight,
+            device=_device(home, root),
         ).train(home.training)
-        op.to(_device(home, root))
-        target = _attach(home, path, op)
+        target = _attach(home, path, op, numbers[home])
         _insert(plan.residual, target, retired)
         if plan.name in twins:
             _insert(twins[plan.name], target, retired)
@@ -101,11 +103,9 @@ def _device(home: nn.Module, root: nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _attach(home: nn.Module, path: str, op: StochasticDepth) -> str:
-    name, count = "stochastic_depth", 0
-    while hasattr(home, name):
-        count += 1
-        name = f"stochastic_depth_{count}"
+def _attach(home: nn.Module, path: str, op: StochasticDepth, numbers: Iterator[int]) -> str:
+    names = (f"stochastic_depth_{number}" if number else "stochastic_depth" for number in numbers)
+    name = next(name for name in names if not hasattr(home, name))
     home.add_module(name, op)
     return f"{path}.{name}" if path else name
 
