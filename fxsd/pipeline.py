@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -103,7 +105,7 @@ def transform(
         subset_batch_norm=subset_batch_norm,
         sync_ranks=sync_ranks,
     )
-    with stage(f"transforming {type(model).__name__}"):
+    with stage(f"transforming {type(model).__name__}"), _uncollected():
         planned = _plan(model, options)
         if not planned.plans:
             raise FxsdError(_no_sites(planned))
@@ -138,7 +140,7 @@ def analyze(model: nn.Module, drop_rate: float = 0.1, **options: Any) -> Analysi
         (24, 'encoder_pos_embedding is a parameter or a constant, not the output of a branch')
     """
     checked = Options.of(drop_rate=drop_rate, **options)
-    with stage(f"analyzing {type(model).__name__}"):
+    with stage(f"analyzing {type(model).__name__}"), _uncollected():
         planned = _plan(model, checked)
     found = tuple(
         ResidualSite(p.name, r.module, p.depth, p.drop_rate, r.kind, "mask", r.add, r.branch, r.shortcut, r.fork)
@@ -146,6 +148,18 @@ def analyze(model: nn.Module, drop_rate: float = 0.1, **options: Any) -> Analysi
         for r in (p.residual,)
     )
     return Analysis(type(model).__name__, found, planned.rejected, planned.notes)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Inside, Python looks for no garbage: it would go over graphs that grow, and over the model, again and again, and find nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -198,12 +212,11 @@ def _plan(model: nn.Module, options: Options) -> _Planned:
     )
     eval_residuals: dict[str, Residual] = {}
     for part in captured.parts:
-        if part.eval_graph is not None:
+        own = [plan.name for plan in plans if plan.residual.add.graph is part.graph]
+        if own and part.eval_graph is not None:
             others, _ = _select(model, find(part, part.eval_graph, holds), options, check=False)
             twins = dict(zip(_site_names(others), others, strict=True))
-            eval_residuals |= {
-                plan.name: twins[plan.name] for plan in plans if plan.name in twins and plan.residual.add.graph is part.graph
-            }
+            eval_residuals |= {name: twins[name] for name in own if name in twins}
     rejected = tuple(sorted((*found.rejected, *left), key=lambda r: order[r.add]))
     existing = {r.existing: captured.path_of(r.existing) for r in taken if r.existing}
     kept = tuple(existing.values()) if options.existing == "keep" else ()
