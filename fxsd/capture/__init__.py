@@ -117,7 +117,7 @@ class _Capturer:
 
     def __init__(self, model: nn.Module, call: Call | None, owners_of_sites: Callable[[Part], Set[str]], snapshot: Snapshot) -> None:
         self.model, self.call, self.owners_of_sites, self.snapshot = model, call, owners_of_sites, snapshot
-        drops = drop_paths(model)
+        drops = drop_paths(model, snapshot.restore)
         self.drop_paths = frozenset(path for path, module in model.named_modules() if module in drops) if drops else frozenset()
         self.fakes = None if call is None else FakeTensorMode(allow_non_fake_inputs=True)  # its first use imports much of torch
         self.parts: list[Part] = []

@@ -6,6 +6,7 @@ sample by one number: zero, or the same constant for all samples that it keeps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,13 @@ _PROBE_SAMPLES = 2048  # a rate of .005 goes unseen with probability 4e-5, and t
 _TRIES = 8  # draws for a module that decides once for the whole batch
 
 
-def drop_paths(model: nn.Module) -> frozenset[nn.Module]:
-    """The modules of `model` that are stochastic depth: fxsd's own, and any other that behaves like it."""
+def drop_paths(model: nn.Module, restore: Callable[[nn.Module], object] = lambda module: None) -> frozenset[nn.Module]:
+    """The modules of `model` that are stochastic depth: fxsd's own, and any other that behaves like it.
+
+    Args:
+        model: some of the modules in it are run.
+        restore: takes back what running a module has left in its attributes.
+    """
     seen: dict[Any, bool] = {}
     found: list[nn.Module] = []
     x = torch.rand(_PROBE_SAMPLES, 3, 2, 2) + 0.5
@@ -29,6 +35,7 @@ def drop_paths(model: nn.Module) -> frozenset[nn.Module]:
             key = _key(module)
             if key not in seen:
                 seen[key] = _drops_samples(module, x.clone())
+                restore(module)
             if seen[key]:
                 found.append(module)
     return frozenset(found)

@@ -38,15 +38,20 @@ class Snapshot:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[Snapshot]:
-    """On exit the model is as it was, and so are the random states of torch, Python and NumPy."""
+    """On exit the random states of torch, Python and NumPy are as they were, and so is the model after an exception.
+
+    Whoever runs the model inside restores it, which takes time: once is enough.
+    """
     snapshot = Snapshot(model)
     python, numpy_random = random.getstate(), sys.modules.get("numpy.random")
     numpy_state = numpy_random and numpy_random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
             yield snapshot
-        finally:
+        except BaseException:
             snapshot.restore(model)
+            raise
+        finally:
             random.setstate(python)
             if numpy_random:
                 numpy_random.set_state(numpy_state)
