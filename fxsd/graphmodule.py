@@ -86,7 +86,8 @@ def shallow_tree(
         constants: tensors that the graphs need besides.
         replaced: modules inside that others stand for from now on.
     """
-    called = {module.get_submodule(str(node.target)) for graph in graphs for node in graph.nodes if node.op == "call_module"}
+    modules = dict(module.named_modules(remove_duplicate=False))
+    called = {modules[str(node.target)] for graph in graphs for node in graph.nodes if node.op == "call_module"}
     root = _Tree(module, called, replaced).root
     if constants:
         holder = nn.Module()

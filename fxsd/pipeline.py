@@ -174,7 +174,8 @@ class _Planned:
 
 def _plan(model: nn.Module, options: Options) -> _Planned:
     def find(part: Part, graph: fx.Graph, holds: Callable[[fx.Node], int] = lambda node: 0) -> Found:
-        found_kinds = kinds(graph, part.module.get_submodule, {part.to_local(path) for path in part.drop_paths})
+        modules = dict(part.module.named_modules(remove_duplicate=False))
+        found_kinds = kinds(graph, modules.__getitem__, {part.to_local(path) for path in part.drop_paths})
         return residual.find(graph, found_kinds, lambda module: _matches(module, options.include), holds)
 
     captured = capture(model, options.example_inputs, lambda part: {r.module for r in find(part, part.graph).residuals})
