@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+from contextlib import suppress
 from fractions import Fraction
 
 import pytest
@@ -154,6 +156,19 @@ def test_a_model_without_residual_adds_is_refused_with_what_was_looked_at(factor
     assert ("Adds that were looked at" in str(error.value)) == (reason is not None)
     assert (reason or "") in str(error.value)
     assert fxsd.analyze(model).sites == ()
+
+
+@pytest.mark.parametrize("model", [Plain(), ThreeBlocks()], ids=["a failure", "a success"])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_is_on_or_off_as_before(model: nn.Module, enabled: bool):
+    try:
+        if not enabled:
+            gc.disable()
+        with suppress(fxsd.FxsdError):
+            fxsd.transform(model)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
 
 
 def test_excluding_every_site_leaves_nothing_and_says_why():
