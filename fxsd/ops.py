@@ -33,7 +33,7 @@ class StochasticDepth(nn.Module):
         drop_rate: probability that the branch is dropped, in [0, 1].
         stochastic_method: `"sample"` draws for each row of dim 0, `"block"` once for the whole batch.
         scaling: `"inference"` multiplies by 1 - drop_rate in eval, `"train"` divides by it in training.
-        site, module, depth, kind: what the op stands for, shown in its repr; they decide nothing.
+        site, module, depth, kind, reason: what the op stands for, shown in its repr; they decide nothing.
         weight: `drop_rate` over the model-wide rate, for `fxsd.set_drop_rate`.
         device: of the rate.
 
@@ -58,6 +58,7 @@ class StochasticDepth(nn.Module):
     """
 
     drop_rate: Tensor
+    compute = "mask"
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class StochasticDepth(nn.Module):
         module: str = "",
         depth: int = 0,
         kind: str = "identity",
+        reason: str = "",
         weight: float = 1.0,
         device: torch.device | None = None,
     ) -> None:
@@ -77,7 +79,7 @@ class StochasticDepth(nn.Module):
         self._never_drops = drop_rate == 0.0
         self.stochastic_method = stochastic_method
         self.scaling = scaling
-        self.site, self.module, self.depth, self.kind, self.weight = site, module, depth, kind, weight
+        self.site, self.module, self.depth, self.kind, self.reason, self.weight = site, module, depth, kind, reason, weight
 
     def forward(self, branch: Tensor) -> Tensor:
         if self.training:

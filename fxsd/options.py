@@ -51,11 +51,15 @@ class Options:
             value = getattr(self, name)
             if value not in legal:
                 raise FxsdError(f"{name} must be one of {', '.join(map(repr, legal))}, but got {value!r}.")
-        if self.compute != "mask":
-            raise FxsdError(f"compute must be 'mask' in this version, which does not skip branches yet, but got {self.compute!r}.")
-        for name in ("subset_batch_norm", "sync_ranks"):
-            if getattr(self, name) is not False:
-                raise FxsdError(f"{name} must be False in this version, but got {getattr(self, name)!r}.")
+        if self.compute != "mask" and self.example_inputs is None:
+            raise FxsdError(
+                f"compute={self.compute!r} needs example_inputs, a tuple of args or a dict of kwargs of the model's forward: "
+                "they show where the batch is, and which branches may run on a part of it."
+            )
+        if not isinstance(self.subset_batch_norm, bool):
+            raise FxsdError(f"subset_batch_norm must be True or False, but got {self.subset_batch_norm!r}.")
+        if self.sync_ranks is not False:
+            raise FxsdError(f"sync_ranks must be False in this version, but got {self.sync_ranks!r}.")
 
 
 def _names(argument: str, value: Any) -> tuple[str, ...]:

@@ -7,15 +7,17 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import fx, nn
 
 from fxsd import residual
+from fxsd.batch import Region, find_regions, no_gain
 from fxsd.capture import Captured, Part, capture
 from fxsd.capture.programs import within
+from fxsd.capture.snapshot import unchanged
 from fxsd.depth import depths, execution_order, prefixes
 from fxsd.errors import CaptureError, FxsdError
 from fxsd.options import Names, Options
@@ -59,14 +61,16 @@ def transform(
         exclude: globs of module paths whose sites are left out.
         scaling: `"inference"`: eval multiplies the branch by 1 - drop_rate. `"train"`: training divides by it, and eval is the
             original model bit for bit.
-        compute: `"mask"`: the branch is computed and multiplied by 0 or 1.
+        compute: `"mask"`: the branch is computed and multiplied by 0 or 1. `"skip"`: it runs on the kept samples only, where that is
+            legal. `"auto"`: where it also pays. Elsewhere the mask; `reason` of `fxsd.sites` says why. Both need `example_inputs`.
         depth_by: `"block"`: the adds of one block (the nearest numbered module around them) share a depth. `"add"`: each has its own.
         existing: stochastic depth already at a site: `"replace"` it, `"keep"` it and leave the site alone, or raise an `"error"`.
         example_inputs: a tuple of args or a dict of kwargs of the call to capture: says which optional arguments are given, and lets
             Python decide on sizes. Shapes are followed on fake tensors; only a model that cannot be one graph is run, once in each
             mode. Sizes stay live where nothing was decided on them; where something was, the result checks it and raises
             `FxsdError` for inputs that would decide otherwise.
-        subset_batch_norm, sync_ranks: must be False in this version.
+        subset_batch_norm: skip branches with batch norm too, whose statistics are then those of the kept samples (two at least).
+        sync_ranks: must be False in this version.
 
     Returns:
         A `torch.fx.GraphModule` that is an instance of the model's class too, with the same state-dict keys, parameters and signature, in
@@ -143,7 +147,7 @@ def analyze(model: nn.Module, drop_rate: float = 0.1, **options: Any) -> Analysi
     with stage(f"analyzing {type(model).__name__}"), _uncollected():
         planned = _plan(model, checked)
     found = tuple(
-        ResidualSite(p.name, r.module, p.depth, p.drop_rate, r.kind, "mask", r.add, r.branch, r.shortcut, r.fork)
+        ResidualSite(p.name, r.module, p.depth, p.drop_rate, r.kind, p.compute, r.add, r.branch, r.shortcut, r.fork, p.reason)
         for p in planned.plans
         for r in (p.residual,)
     )
@@ -211,6 +215,8 @@ def _plan(model: nn.Module, options: Options) -> _Planned:
         for name, r, depth, factor in zip(names, taken, place, factors, strict=True)
         if not (options.existing == "keep" and r.existing)
     )
+    if options.compute != "mask":
+        plans = _with_regions(captured, plans, options)
     eval_residuals: dict[str, Residual] = {}
     for part in captured.parts:
         own = [plan.name for plan in plans if plan.residual.add.graph is part.graph]
@@ -222,6 +228,28 @@ def _plan(model: nn.Module, options: Options) -> _Planned:
     existing = {r.existing: captured.path_of(r.existing) for r in taken if r.existing}
     kept = tuple(existing.values()) if options.existing == "keep" else ()
     return _Planned(captured, plans, eval_residuals, rejected, _notes(captured, set(existing.values()), kept), kept)
+
+
+def _with_regions(captured: Captured, plans: Sequence[Plan], options: Options) -> tuple[Plan, ...]:
+    """The plans with what is skipped at each, or why nothing is."""
+    found: dict[str, Region | str] = {}
+    with unchanged(captured.model) as snapshot:
+        for part in captured.parts:
+            own = [plan for plan in plans if plan.residual.add.graph is part.graph]
+            if own and part.call is None:
+                found |= dict.fromkeys([plan.name for plan in own], "it is not known how the part of the model that it is in is called")
+            elif own and part.call is not None:
+                regions = find_regions(part, part.call, [plan.residual for plan in own], options.subset_batch_norm)
+                found |= dict(zip([plan.name for plan in own], regions, strict=True))
+        snapshot.restore(captured.model)
+    if options.compute == "auto":
+        found = {
+            plan.name: gain if isinstance(region := found[plan.name], Region) and (gain := no_gain(region, plan.drop_rate)) else region
+            for plan in plans
+        }
+    return tuple(
+        replace(plan, reason=region) if isinstance(region := found[plan.name], str) else replace(plan, region=region) for plan in plans
+    )
 
 
 def _check_reach(captured: Captured, found: Found, options: Options) -> None:

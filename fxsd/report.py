@@ -52,9 +52,10 @@ class Analysis:
         table.add_column("depth", justify="right")
         table.add_column("kind")
         table.add_column("rate", justify="right")
-        table.add_column("compute")
+        table.add_column("compute", overflow="fold")
         for site in self.sites:
-            table.add_row(site.name, site.module, str(site.depth), site.kind, f"{site.drop_rate:.4g}", site.compute)
+            compute = ": ".join(filter(None, (site.compute, site.reason)))
+            table.add_row(site.name, site.module, str(site.depth), site.kind, f"{site.drop_rate:.4g}", compute)
         parts: list[RenderableType] = [table]
         if self.rejected:
             other = Table(title=f"{_count(len(self.rejected), 'add')} rejected", title_justify="left")

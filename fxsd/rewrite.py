@@ -1,25 +1,37 @@
 """(captured graph, sites, rates) -> the rewritten GraphModule. Decides nothing.
 
-before                                    after, for every site
+before                                    after, for a site with a mask
     conv3 = self.layer1.0.conv3(relu)         conv3 = self.layer1.0.conv3(relu)
     add = conv3 + x                           drop = self.layer1.0.stochastic_depth(conv3)
                                               add = drop + x
+
+before                                    after, for a site that skips
+    norm = self.blocks.0.norm(x)              rows = self.blocks.0.stochastic_depth(x)
+    mlp = self.blocks.0.mlp(norm)             shortcut, kept = fork(x, rows)
+    add = x + mlp                             norm = self.blocks.0.norm(kept)
+                                              mlp = self.blocks.0.mlp(norm)
+                                              add = merge(shortcut, mlp, rows)
 """
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
+from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxsd.batch import Region
 from fxsd.capture import Captured, Part
 from fxsd.graphmodule import META, StochasticGraphModule, build, replace_inside, shallow_tree
 from fxsd.ops import StochasticDepth
 from fxsd.residual import Residual
+from fxsd.skip import SkipStochasticDepth, fork, merge, spread, take
+from fxsd.values import is_plain_add
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,12 @@ class Plan:
     depth: int
     weight: float
     drop_rate: float
+    region: Region | None = None  # what is skipped, if anything is
+    reason: str = ""  # why nothing is, where that was asked for
+
+    @property
+    def compute(self) -> str:
+        return "mask" if self.region is None else "skip"
 
 
 def rewrite(
@@ -75,7 +93,8 @@ def _rewrite_part(
     for plan in plans:
         path = part.to_local(plan.residual.module)
         home = root.get_submodule(path)
-        op = StochasticDepth(
+        kwargs: dict[str, Any] = {} if plan.region is None else {"least_rows": plan.region.least_rows}
+        op = (StochasticDepth if plan.region is None else SkipStochasticDepth)(
             plan.drop_rate,
             stochastic_method,
             scaling,
@@ -83,13 +102,18 @@ def _rewrite_part(
             module=plan.residual.module,
             depth=plan.depth,
             kind=plan.residual.kind,
+            reason=plan.reason,
             weight=plan.weight,
             device=_device(home, root),
+            **kwargs,
         ).train(home.training)
         target = _attach(home, path, op, numbers[home])
-        _insert(plan.residual, target, retired)
+        if plan.region is None:
+            _insert_mask(plan.residual, target, retired)
+        else:
+            _insert_skip(plan.residual, plan.region, target, retired)
         if plan.name in twins:
-            _insert(twins[plan.name], target, retired)
+            (_insert_mask if plan.region is None else _insert_scale)(twins[plan.name], target, retired)
     gm = build(root, *part.graphs)
     for graph in part.graphs:
         graph.lint()
@@ -127,11 +151,55 @@ def _retire(root: nn.Module, residuals: Sequence[Residual]) -> dict[fx.Node, fx.
     return retired
 
 
-def _insert(residual: Residual, target: str, retired: Mapping[fx.Node, fx.Node]) -> None:
+def _insert_mask(residual: Residual, target: str, retired: Mapping[fx.Node, fx.Node]) -> None:
     add = residual.add
     branch = retired.get(residual.branch, residual.branch)
     with add.graph.inserting_before(add):
         drop = add.graph.call_module(target, (branch,))
-    drop.meta.update(add.meta)
-    drop.meta[META] = {"fork": retired.get(residual.fork, residual.fork).name}
+    _mark(drop, residual, retired)
     add.replace_input_with(branch, drop)
+
+
+def _insert_skip(residual: Residual, region: Region, target: str, retired: Mapping[fx.Node, fx.Node]) -> None:
+    add, graph = residual.add, residual.add.graph
+    branch = retired.get(residual.branch, residual.branch)
+    nodes = [node for node in region.nodes if node not in retired]
+    sides = [arg for arg in add.args if arg is not branch]
+    fused = is_plain_add(add) and len(sides) == 1
+    with graph.inserting_before(nodes[0]):
+        rows = graph.call_module(target, (retired.get(region.entries[0], region.entries[0]),))
+        for entry in dict.fromkeys(retired.get(entry, entry) for entry in region.entries):
+            if fused and entry is sides[0]:
+                both = graph.call_function(fork, (entry, rows))
+                sides = [graph.call_function(operator.getitem, (both, 0))]
+                kept = graph.call_function(operator.getitem, (both, 1))
+            else:
+                kept = graph.call_function(take, (entry, rows))
+            for node in nodes:
+                node.replace_input_with(entry, kept)
+        for number, times in region.counts.items():
+            count = graph.call_function(operator.mul, (graph.call_method("size", (kept, 0)), times))
+            for node in nodes:
+                node.replace_input_with(number, count)
+    _mark(rows, residual, retired)
+    if fused:
+        add.op, add.target, add.args, add.kwargs = "call_function", merge, (sides[0], branch, rows, add.args[0] is branch), {}
+        return
+    with graph.inserting_before(add):
+        add.replace_input_with(branch, graph.call_function(spread, (branch, rows)))
+
+
+def _insert_scale(residual: Residual, target: str, retired: Mapping[fx.Node, fx.Node]) -> None:
+    """What a site that skips does in an evaluation program of its own."""
+    add = residual.add
+    branch = retired.get(residual.branch, residual.branch)
+    with add.graph.inserting_before(add):
+        rows = add.graph.call_module(target, (branch,))
+        scaled = add.graph.call_function(spread, (branch, rows))
+    add.replace_input_with(branch, scaled)
+
+
+def _mark(node: fx.Node, residual: Residual, retired: Mapping[fx.Node, fx.Node]) -> None:
+    roles = {"add": residual.add, "branch": residual.branch, "shortcut": residual.shortcut, "fork": residual.fork}
+    node.meta.update(residual.add.meta)
+    node.meta[META] = {role: retired.get(found, found).name for role, found in roles.items()}

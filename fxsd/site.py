@@ -12,7 +12,6 @@ from fxsd.errors import FxsdError
 from fxsd.graphmodule import META, StochasticGraphModule
 from fxsd.ops import StochasticDepth
 from fxsd.rates import check_rate, largest_rate
-from fxsd.residual import operands
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,10 @@ class ResidualSite:
         depth: 0-based place of its block in topological order.
         drop_rate: probability that the branch of a sample is dropped.
         kind: `"identity"` or `"projection"`: what the shortcut is.
-        compute: `"mask"`: the branch is computed and multiplied by 0 or 1.
+        compute: `"mask"`: the branch is computed and multiplied by 0 or 1. `"skip"`: it is not computed for dropped samples.
         add, branch, shortcut, fork: nodes of the graph; both operands come from `fork`. In a transformed model `branch` is what
             enters the site's op.
+        reason: why the branch is not skipped, where that was asked for.
     """
 
     name: str
@@ -40,6 +40,7 @@ class ResidualSite:
     branch: fx.Node
     shortcut: fx.Node
     fork: fx.Node
+    reason: str = ""
 
 
 def sites(gm: nn.Module) -> tuple[ResidualSite, ...]:
@@ -115,11 +116,8 @@ def _sites_of(gm: StochasticGraphModule) -> Iterator[ResidualSite]:
             continue
         op = gm.get_submodule(str(node.target))
         if isinstance(op, StochasticDepth) and META in node.meta:
-            add, branch = next(iter(node.users)), node.all_input_nodes[0]
-            other = next(side for side in operands(add) if side is not node)
-            shortcut = other.all_input_nodes[0] if META in other.meta else other  # the sum of two branches has two sites
-            fork = named[node.meta[META]["fork"]]
-            yield ResidualSite(op.site, op.module, op.depth, op.rate, op.kind, "mask", add, branch, shortcut, fork)
+            add, branch, shortcut, fork = (named[node.meta[META][role]] for role in ("add", "branch", "shortcut", "fork"))
+            yield ResidualSite(op.site, op.module, op.depth, op.rate, op.kind, op.compute, add, branch, shortcut, fork, op.reason)
         elif parts:
             called = _outermost([module for module in op.modules() if module in parts])
             for part in called:

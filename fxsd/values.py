@@ -126,6 +126,11 @@ def _full_name(node: fx.Node) -> str:
     return str(getattr(packet, "__name__", type(packet).__name__))
 
 
+def is_plain_add(node: fx.Node) -> bool:
+    """Is `node` the sum of two values, with no factor besides?"""
+    return op_name(node) in ("add", "radd", "iadd") and len(node.args) == 2 and not node.kwargs
+
+
 def written(node: fx.Node) -> fx.Node | None:
     """The value that `node` changes in place, if it does: `y += x`, `y[0] = x`, `y.copy_(x)`, `torch.relu_(y)`."""
     if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):

@@ -36,6 +36,7 @@ class Part:
     graphs: tuple[fx.Graph, ...]  # one, or where the two modes are different programs, that of training and that of evaluation
     drop_paths: Set[str] = frozenset()  # modules in it that are stochastic depth already
     constants: dict[str, torch.Tensor] = field(default_factory=dict)  # tensors made while tracing
+    call: Call | None = None  # how it is called in training, where that is known
 
     @property
     def graph(self) -> fx.Graph:
@@ -180,7 +181,7 @@ class _Capturer:
             if not isinstance(module, StochasticGraphModule):
                 place_in_model(graphs[0], path, type(module))
             inner = frozenset(_graph_modules(path, module, graphs))
-            self._add(Part(path, module, graphs, known), inner)
+            self._add(Part(path, module, graphs, known, call=_any(self.calls(path, True))), inner)
             return inner
         in_training, in_evaluation = (self.calls(path, training) for training in (True, False))
         constants: dict[str, torch.Tensor] = {}
@@ -212,7 +213,7 @@ class _Capturer:
             self.opaque |= program.opaque
             self.failed |= program.broken
         apart |= {name for program in programs for name in (*program.broken, *program.apart)}
-        self._add(Part(path, module, graphs, known, constants), apart)
+        self._add(Part(path, module, graphs, known, constants, _any(in_training)), apart)
         return apart
 
     def _add(self, part: Part, apart: Set[str]) -> None:
@@ -272,6 +273,10 @@ def _graph_modules(path: str, module: nn.Module, graphs: Sequence[fx.Graph]) -> 
     for target in {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}:
         found = [name for name, inner in module.get_submodule(target).named_modules() if isinstance(inner, fx.GraphModule)]
         yield from (_join(path, _join(target, name)) for name in found if not any(other != name and within(name, other) for other in found))
+
+
+def _any(calls: Mapping[Any, Call | None]) -> Call | None:
+    return next(iter(calls.values()), None)
 
 
 def _join(path: str, name: str) -> str:

@@ -1,0 +1,448 @@
+"""Which branches may run on some rows of the batch: F(x)[rows] == F(x[rows]) in training, and nobody else looks at what F computes.
+
+Pure analysis. The graph is followed on tensors without data at two batch sizes, which shows where the batch is; then each branch is run
+on a few rows of random numbers, alone, which shows whether its rows depend on each other. The model is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxsd.capture import Part
+from fxsd.capture.calls import Call, without_values
+from fxsd.capture.examples import Examples
+from fxsd.capture.modes import in_mode
+from fxsd.capture.signature import bind
+from fxsd.residual import Residual
+from fxsd.values import written
+
+SIZES = (4, 6)  # of the batch, to see what goes with it
+_ROWS = 3  # of random numbers, to see what rows have to do with each other
+
+
+class Illegal(Exception):
+    """The branch cannot run on some rows; says why."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A branch that may run on some rows.
+
+    Attributes:
+        nodes: those of the branch that come from the fork, in graph order; they run on the kept rows.
+        entries: tensors from outside, of which the kept rows are taken.
+        counts: whole numbers from outside that are so many times the number of rows.
+        shares: the part of the model's FLOPs that is in the branch.
+        least_rows: how many rows it needs: 0, 1, or 2 for batch statistics.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    entries: tuple[fx.Node, ...]
+    counts: Mapping[fx.Node, int]
+    share: float
+    least_rows: int
+
+
+def find_regions(part: Part, call: Call, residuals: Sequence[Residual], subset_batch_norm: bool) -> list[Region | str]:
+    """The region of each residual add of a part, or a sentence why it has to run on all rows.
+
+    Runs the branches; the caller restores the model and the random states.
+    """
+    try:
+        batch = Batch(part.module, part.graph, call, part.constants)
+    except Illegal as error:
+        return [str(error)] * len(residuals)
+    adds = {residual.add for residual in residuals}
+    found: list[Region | str] = []
+    for residual in residuals:
+        try:
+            region = batch.region(residual, subset_batch_norm)
+            inner = adds.intersection(region.nodes)
+            found.append(f"its branch holds another site, {next(iter(inner)).name}" if inner else region)
+        except Illegal as error:
+            found.append(str(error))
+    return found
+
+
+def no_gain(region: Region, drop_rate: float) -> str:
+    """Says why skipping `region` would not pay, if it would not."""
+    return ""
+
+
+class Batch:
+    """How the values of a graph go with the batch.
+
+    Args:
+        module: what `graph` was captured from.
+        graph: its training program.
+        call: an example of how it is called; the tensors in it may be without data.
+        constants: tensors made while tracing.
+
+    Raises:
+        Illegal: the graph does not run at another batch size, or nothing tells what the batch is.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, call: Call, constants: dict[str, Tensor]) -> None:
+        self.module, self.constants = module, constants
+        self.index = {node: place for place, node in enumerate(graph.nodes)}
+        self.flops: dict[fx.Node, int] = {}
+        self.versions: dict[tuple[fx.Node, fx.Node], int] = {}  # (user, value) -> how often value had been written into
+        with torch.no_grad(), in_mode(module, True):
+            self.values = [self._follow(graph, call, size) for size in SIZES]
+        self.total_flops = sum(self.flops.values())
+
+    def _follow(self, graph: fx.Graph, call: Call, size: int) -> dict[fx.Node, Any]:
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        call = _resized(without_values(call, fakes), size, fakes)
+        binding = bind(self.module.__dict__.get("forward") or self.module.forward, call)
+        examples = Examples(self.module, binding.fixed | binding.example, self.constants, True, nullcontext, fakes)
+        values: dict[fx.Node, Any] = {}
+        with FlopCounterMode(display=False) as counter:
+            for node in graph.nodes:
+                if node.op == "output":
+                    break
+                for arg in node.all_input_nodes:
+                    if isinstance(values[arg], Tensor):
+                        self.versions[node, arg] = values[arg]._version
+                before = counter.get_total_flops()
+                try:
+                    values[node] = examples.value(node)
+                except Exception as error:
+                    raise Illegal(f"the model does not run with {size} samples: {node.name} fails ({_told(error)})") from error
+                self.flops[node] = counter.get_total_flops() - before
+        return values
+
+    def region(self, residual: Residual, subset_batch_norm: bool = False) -> Region:
+        """The region of a branch.
+
+        Raises:
+            Illegal: it has to run on all rows.
+        """
+        nodes = self._between(residual)
+        self._check_rows(residual)
+        inside = set(nodes)
+        outside = list(dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside))
+        entries, counts = self._entries(residual, outside)
+        if not entries:
+            raise Illegal("nothing that enters the branch has the batch in dim 0")
+        self._check_users(residual, inside)
+        self._check_writes(residual, nodes, outside, entries)
+        probe = _Probe(self.module, self.values[0], residual, nodes, outside, set(entries), counts)
+        least_rows = probe.least_rows(subset_batch_norm)
+        share = sum(self.flops[node] for node in nodes) / max(self.total_flops, 1)
+        return Region(tuple(nodes), tuple(entries), counts, share, least_rows)
+
+    def _between(self, residual: Residual) -> list[fx.Node]:
+        """What is computed from the fork for the branch alone, and the checks on it, in graph order."""
+        for_branch, for_shortcut = (self._back(side, residual.fork) for side in (residual.branch, residual.shortcut))
+        seen = {residual.fork}
+        for node in sorted(for_branch | for_shortcut, key=self.index.__getitem__):
+            if not seen.isdisjoint(node.all_input_nodes):
+                seen.add(node)
+        own = [node for node in sorted(for_branch - for_shortcut, key=self.index.__getitem__) if node in seen]
+        if residual.branch not in own:
+            raise Illegal("its branch and its shortcut are computed together")
+        # Sizes of what is in the branch, and checks on them, go along.
+        found, stack = set(own), list(own)
+        while stack:
+            for user in stack.pop().users:
+                plain = user.op != "output" and not isinstance(self.values[0][user], Tensor)
+                if plain and user not in found and found.issuperset(user.all_input_nodes):
+                    found.add(user)
+                    stack.append(user)
+        return sorted(found, key=self.index.__getitem__)
+
+    def _back(self, end: fx.Node, start: fx.Node) -> set[fx.Node]:
+        """`end` and what it comes from, as far as it lies behind `start` in the graph."""
+        found: set[fx.Node] = set()
+        stack = [end]
+        while stack:
+            node = stack.pop()
+            if node not in found and self.index[node] > self.index[start]:
+                found.add(node)
+                stack.extend(node.all_input_nodes)
+        return found
+
+    def _check_rows(self, residual: Residual) -> None:
+        for values in self.values:
+            branch, shortcut = values[residual.branch], values[residual.shortcut]
+            if not isinstance(branch, Tensor) or not isinstance(shortcut, Tensor) or branch.dim() == 0:
+                raise Illegal("its operands are no tensors with a batch")
+            if branch.shape != shortcut.shape:
+                raise Illegal(f"its branch has the shape {list(branch.shape)} and its shortcut {list(shortcut.shape)}")
+        if self._rows(residual) == (0, 0):
+            raise Illegal("the batch is not in dim 0 of its branch")
+
+    def _rows(self, residual: Residual) -> tuple[int, int]:
+        first, second = (values[residual.branch].shape[0] for values in self.values)
+        return (first, second) if first * SIZES[1] == second * SIZES[0] else (0, 0)
+
+    def _entries(self, residual: Residual, outside: Iterable[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, int]]:
+        rows = self._rows(residual)
+        entries: list[fx.Node] = []
+        counts: dict[fx.Node, int] = {}
+        for node in outside:
+            first, second = (values[node] for values in self.values)
+            if isinstance(first, Tensor):
+                if first.dim() and (first.shape[0], second.shape[0]) == rows and first.shape[1:] == second.shape[1:]:
+                    entries.append(node)
+                elif first.shape != second.shape:
+                    raise Illegal(f"{node.name}, which enters the branch, has the batch elsewhere than in dim 0: {list(first.shape)}")
+            elif isinstance(first, int) and first != second:
+                if first % rows[0] or first // rows[0] * rows[1] != second:
+                    raise Illegal(f"{node.name}, which enters the branch, is a number that depends on the batch")
+                counts[node] = first // rows[0]
+            elif not _same(first, second):
+                raise Illegal(f"{node.name}, which enters the branch, is a {type(first).__name__} that depends on the batch")
+        return entries, counts
+
+    def _check_users(self, residual: Residual, inside: set[fx.Node]) -> None:
+        for node in inside:
+            for user in node.users:
+                if user in inside or user is residual.add:
+                    continue
+                first, second = (values[node] for values in self.values)
+                if isinstance(first, Tensor) or not _same(first, second):
+                    raise Illegal(f"{node.name} in the branch is also used outside of it, by {user.name}")
+
+    def _check_writes(self, residual: Residual, nodes: list[fx.Node], outside: list[fx.Node], entries: list[fx.Node]) -> None:
+        """Rows are taken once, before the first node; nobody may write into the whole between that and the last use."""
+        for entry in entries:
+            seen = {self.versions[node, entry] for node in nodes if (node, entry) in self.versions}
+            if (residual.add, entry) in self.versions:
+                seen.add(self.versions[residual.add, entry])
+            if len(seen) > 1:
+                raise Illegal(f"{entry.name}, which enters the branch, is written into in between")
+        target = written(residual.add)
+        if target is not None and any(user is not residual.add and self.index[user] > self.index[residual.add] for user in target.users):
+            raise Illegal(f"it adds in place into {target.name}, which is read afterwards")
+
+
+class _Probe:
+    """Runs one branch alone, on random numbers."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        values: Mapping[fx.Node, Any],
+        residual: Residual,
+        nodes: Sequence[fx.Node],
+        outside: Sequence[fx.Node],
+        entries: Set[fx.Node],
+        counts: Mapping[fx.Node, int],
+    ) -> None:
+        self.module, self.residual, self.nodes, self.entries, self.counts = module, residual, nodes, entries, counts
+        generator = torch.Generator().manual_seed(0)
+        self.given = {node: _real(module, node, values[node], _ROWS if node in entries else None, generator) for node in outside}
+
+    def least_rows(self, subset_batch_norm: bool) -> int:
+        """How many rows the branch needs.
+
+        Raises:
+            Illegal: its rows depend on each other, or it writes into what is not its own.
+        """
+        with torch.no_grad(), in_mode(self.module, True):
+            draws = _NoDraws()
+            why = self._mixes(draws)
+            if why and draws.batch_norm:
+                if not subset_batch_norm:
+                    raise Illegal("its branch has batch norm, which would see the kept samples only; subset_batch_norm=True allows that")
+                why = self._mixes(_NoDraws(fixed_statistics=True)) or ("" if self._runs(2) else "its branch does not run on two samples")
+                if not why:
+                    return 2
+            if why:
+                raise Illegal(why)
+            rows = next((rows for rows in (0, 1, 2) if self._runs(rows)), None)
+        if rows is None:
+            raise Illegal("its branch does not run on one sample or two")
+        return rows
+
+    def _mixes(self, draws: _NoDraws) -> str:
+        """Says how its rows depend on each other, if they do."""
+        some = torch.tensor([2, 0])
+        with draws:
+            try:
+                before = {node: _copied(value) for node, value in self.given.items()}
+                whole = self._run(_ROWS, lambda value: value)
+                changed = [node.name for node, value in self.given.items() if not _equal(value, before[node])]
+                if changed:
+                    return f"its branch writes into {changed[0]}, which comes from outside"
+                part = self._run(2, lambda value: value[some.to(value.device)])
+                tainted = self._run(_ROWS, _tainted)
+            except Exception as error:
+                return f"its branch does not run on some of the samples ({_told(error)})"
+        if not isinstance(whole, Tensor) or whole.dim() == 0 or whole.shape[0] != _ROWS or not whole.isfinite().all():
+            return "its branch gives no finite numbers, one row a sample, for random input"
+        if not _close(whole[some.to(whole.device)], part):
+            return "its branch gives other results for a sample when fewer samples run with it"
+        if not _close(whole[::2], tainted[::2]):
+            return "its branch mixes samples: what it gives for one depends on others"
+        return ""
+
+    def _runs(self, rows: int) -> bool:
+        try:
+            result = self._run(rows, lambda value: value[:rows])
+        except Exception:
+            return False
+        return isinstance(result, Tensor) and result.shape[:1] == (rows,)
+
+    def _run(self, rows: int, entry: Any) -> Any:
+        known: dict[fx.Node, Any] = {}
+        for node, value in self.given.items():
+            if node in self.counts:
+                known[node] = self.counts[node] * rows
+            else:
+                known[node] = entry(value) if node in self.entries else value
+        for node in self.nodes:
+            if node is self.residual.existing:
+                known[node] = known[node.all_input_nodes[0]]
+                continue
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            if node.op == "call_function":
+                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            elif node.op == "call_method":
+                known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                module = self.module.get_submodule(str(node.target))
+                state = {name: _awake(tensor.detach()) for name, tensor in module.named_parameters()}
+                state |= {name: tensor.clone() for name, tensor in module.named_buffers()}
+                known[node] = torch.func.functional_call(module, state, args, kwargs)
+        return known[self.residual.branch]
+
+
+class _NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, whatever is drawn at random is the same for each row: dropout keeps all, noise is one.
+
+    Args:
+        fixed_statistics: batch norm does not look at the batch.
+
+    Attributes:
+        batch_norm: has there been one that does?
+    """
+
+    def __init__(self, fixed_statistics: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.fixed_statistics, self.batch_norm = fixed_statistics, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        arguments = func._schema.arguments
+        if name == "native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        if "batch_norm" in name and "backward" not in name and any(a.name in ("training", "train") for a in arguments):
+            given = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
+            if given.get("training", given.get("train")):
+                self.batch_norm = True
+                if self.fixed_statistics:
+                    zeros = args[0].new_zeros(args[0].shape[1], dtype=torch.float32)
+                    ones = torch.ones_like(zeros)
+                    weight, bias, eps = given.get("weight"), given.get("bias"), given["eps"]
+                    return torch.ops.aten.native_batch_norm(args[0], weight, bias, zeros, ones, False, 0.0, eps)
+        if name.startswith("_scaled_dot_product") or "attention_forward" in name:
+            place = next((i for i, a in enumerate(arguments) if a.name == "dropout_p"), None)
+            if place is not None and place < len(args):
+                args = (*args[:place], 0.0, *args[place + 1 :])
+            return func(*args, **{k: v for k, v in kwargs.items() if k != "dropout_p"})
+        result = func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags and isinstance(result, Tensor):
+            written_to = any(a.alias_info is not None and a.alias_info.is_write for a in arguments)
+            if written_to or not any(isinstance(arg, Tensor) for arg in args) or name in ("bernoulli", "rand_like", "randn_like"):
+                result.fill_(1)
+        return result
+
+
+def _resized(call: Call, size: int, fakes: FakeTensorMode) -> Call:
+    """The call with another number of samples, which is what dim 0 of the first tensor is."""
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not leaves:
+        raise Illegal("no tensor among the example inputs tells what the batch is")
+    batch = leaves[0].shape[0]
+
+    def resized(leaf: Tensor) -> Tensor:
+        if not leaf.dim() or leaf.shape[0] != batch:
+            return leaf
+        with fakes:
+            return torch.empty((size, *leaf.shape[1:]), dtype=leaf.dtype, device=leaf.device)
+
+    found: Call = torch.utils._pytree.tree_map_only(Tensor, resized, call)
+    return found
+
+
+def _real(module: nn.Module, node: fx.Node, value: Any, rows: int | None, generator: torch.Generator) -> Any:
+    """Stands for a value that enters the branch: the model's own, or random numbers like it with so many rows."""
+    if node.op == "get_attr":
+        found: Any = module
+        for name in str(node.target).split("."):
+            found = getattr(found, name, value)
+        return _awake(found.detach()) if isinstance(found, Tensor) else found
+    if not isinstance(value, Tensor):
+        return torch.utils._pytree.tree_map_only(Tensor, lambda leaf: _random(leaf, None, generator), value)
+    return _random(value, rows, generator)
+
+
+def _random(like: Tensor, rows: int | None, generator: torch.Generator) -> Tensor:
+    shape = list(like.shape) if rows is None else [rows, *like.shape[1:]]
+    steps = like.stride()
+    order = sorted(range(like.dim()), key=lambda dim: (-steps[dim], dim))
+    inverse = sorted(range(like.dim()), key=order.__getitem__)
+    ordered = [shape[dim] for dim in order]
+    if like.dtype.is_floating_point:
+        made = torch.randn(ordered, generator=generator).to(like.device, like.dtype)
+    elif like.dtype.is_complex:
+        made = torch.randn(ordered, generator=generator, dtype=torch.complex64).to(like.device, like.dtype)
+    else:
+        made = torch.full(ordered, like.dtype is torch.bool, dtype=like.dtype, device=like.device)
+    return made.permute(inverse)
+
+
+def _awake(tensor: Tensor) -> Tensor:
+    """A parameter, or random numbers where it is nought: what it multiplies shall be seen."""
+    if tensor.dtype.is_floating_point and tensor.numel() and tensor.abs().max() < 1e-3:
+        return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor.device, tensor.dtype)
+    return tensor
+
+
+def _tainted(value: Tensor) -> Tensor:
+    value = value.clone()
+    if value.dtype.is_floating_point or value.dtype.is_complex:
+        value[1] = torch.nan
+    return value
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    eps = torch.finfo(a.dtype).eps if a.dtype.is_floating_point else 0.0
+    limit = min(1e4 * eps, 0.1)
+    scale = float(a.abs().max()) if a.numel() else 0.0
+    return a.shape == b.shape and torch.allclose(a, b, rtol=limit, atol=limit * scale)
+
+
+def _same(a: Any, b: Any) -> bool:
+    leaves_a, spec_a = torch.utils._pytree.tree_flatten(a)
+    leaves_b, spec_b = torch.utils._pytree.tree_flatten(b)
+    return spec_a == spec_b and all(
+        x.shape == y.shape if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or x == y
+        for x, y in zip(leaves_a, leaves_b, strict=True)
+    )
+
+
+def _copied(value: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, torch.clone, value)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    pairs = zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor))
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -1,0 +1,254 @@
+"""What runs where a branch is computed on the kept rows only.
+
+    y = shortcut + F(x)      becomes      rows = draw(shortcut); y = merge(shortcut, F(take(x, rows)), rows)
+
+Of B rows, K run through the branch: B q of them, rounded down or up at random so that their mean is B q, and each row
+is as likely as any other to be among them. So every row is dropped with probability exactly 1 - q, whatever B is. In
+evaluation all rows run, and nothing is taken.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxsd.ops import _TINY, StochasticDepth
+
+_PARTS = 1 << 40  # keep_prob in whole parts: a size that compiled code may compute with
+_SLACK = 1 << 20  # parts of a row that are rounding, not rate
+
+
+class Rows(NamedTuple):
+    """Which rows of a batch a branch runs on.
+
+    Attributes:
+        batch: how many rows there are.
+        taken: the rows that run, or None: all of them.
+        place: for each row its place in `taken`, or any number beyond; compiled code only.
+        weight: what the branch is multiplied by, None for one: a number, or one for each row that runs.
+    """
+
+    batch: int
+    taken: Tensor | None = None
+    place: Tensor | None = None
+    weight: Tensor | None = None
+
+
+class SkipStochasticDepth(StochasticDepth):
+    """Draws the rows that a branch runs on: the op of a site that skips the compute of dropped samples.
+
+    Args:
+        drop_rate, stochastic_method, scaling, ...: as for `StochasticDepth`. With `"block"` all rows run, or none.
+        least_rows: how many rows the branch must get, those of weight 0 included; it may need one, or two for batch statistics.
+
+    Shape:
+        - Input: any tensor with the batch in dim 0, of which only the size and the device matter.
+        - Output: `Rows`.
+
+    Example:
+        >>> draw = SkipStochasticDepth(0.5)
+        >>> rows = draw(torch.zeros(8, 3))
+        >>> len(rows.taken)
+        4
+        >>> draw.eval()(torch.zeros(8, 3)).index is None
+        True
+    """
+
+    compute = "skip"
+
+    def __init__(self, drop_rate: float, *args: Any, least_rows: int = 1, **kwargs: Any) -> None:
+        super().__init__(drop_rate, *args, **kwargs)
+        self.least_rows = least_rows
+        self._set_parts()
+
+    def forward(self, like: Tensor) -> Rows:  # type: ignore[override]
+        batch = like.shape[0]
+        if not self.training:
+            keep_prob = 1.0 - self.drop_rate
+            return Rows(batch, weight=None if self.scaling == "train" else keep_prob)
+        scale = None if self.scaling == "inference" else 1.0 / (1.0 - self.drop_rate).clamp(min=_TINY)
+        if torch.compiler.is_compiling():
+            return self._draw_compiled(batch, like.device, scale)
+        return self._draw(batch, like.device, scale)
+
+    def _draw(self, batch: int, device: torch.device, scale: Tensor | None) -> Rows:
+        if self._never_drops or batch == 0:
+            return Rows(batch)
+        if self.stochastic_method == "block":
+            kept = batch * int(torch.rand(()).item() < self._keep_parts / _PARTS)
+        else:
+            kept, rest = _whole_rows(batch, self._keep_parts)
+            if batch - kept <= 1 and batch > 1:
+                # At most one row is dropped, so there is nothing to gain.
+                return Rows(batch, weight=self._mask(batch, device, scale))
+            kept += int(rest > _SLACK and torch.rand(()).item() < rest / _PARTS)
+        if kept == batch:
+            return Rows(batch, weight=scale)
+        run = max(kept, min(self.least_rows, batch))
+        index = torch.randperm(batch, device=device)[:run]
+        if run == kept:
+            return Rows(batch, index.sort().values, None, scale)
+        weight = (torch.arange(run, device=device) < kept).float()
+        return Rows(batch, index, None, weight if scale is None else weight * scale)
+
+    def _draw_compiled(self, batch: int, device: torch.device, scale: Tensor | None) -> Rows:
+        parts = self._size.shape[0]
+        whole, rest = _whole_rows(batch, parts)
+        run = (batch * parts + _PARTS - 1 - _SLACK) // _PARTS
+        order = torch.rand(batch, device=device).argsort()
+        one_more = (torch.rand((), device=device) < rest / _PARTS) & (self.drop_rate < 1.0)
+        kept = whole + one_more
+        weight = (torch.arange(run, device=device) < kept).float()
+        return Rows(batch, order[:run], order.argsort(), weight if scale is None else weight * scale)
+
+    def _mask(self, batch: int, device: torch.device, scale: Tensor | None) -> Tensor:
+        keep = (torch.rand(batch, device=device) >= self.drop_rate).float()
+        return keep if scale is None else keep * scale
+
+    def set_drop_rate(self, drop_rate: float) -> None:
+        super().set_drop_rate(drop_rate)
+        self._set_parts()
+
+    def _set_parts(self) -> None:
+        self._keep_parts = round((1.0 - self.rate) * _PARTS)
+        # No buffer: the rate is its *size*, which compiled code takes for a variable, so that it can move without compiling again.
+        # Large enough that one row runs: compiled code takes the sizes 0 and 1 for constants.
+        self._size = torch.empty(max(self._keep_parts, 2 * _SLACK), 0)
+        torch._dynamo.maybe_mark_dynamic(self._size, 0)
+
+
+def _whole_rows(batch: int, keep_parts: int) -> tuple[int, int]:
+    """How many rows are kept for certain, and the probability of one more, in parts."""
+    parts = batch * keep_parts
+    whole = (parts + _SLACK) // _PARTS
+    return whole, parts - whole * _PARTS
+
+
+def take(value: Tensor, rows: Rows) -> Tensor:
+    """The rows of `value` that run: `[batch, ...]` -> `[kept, ...]`. One row that stands for all of them is left as it is."""
+    if rows.taken is None or (value.shape[0] == 1 and rows.batch != 1):
+        return value
+    return _Take.apply(value, rows.taken, rows.place)  # type: ignore[no-any-return]
+
+
+def fork(value: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """`value` itself for the shortcut, and the rows of it that run for the branch: one pass less in backward than `take`."""
+    if rows.taken is None:
+        return value, value
+    if torch.compiler.is_compiling():
+        return value, take(value, rows)
+    return _Fork.apply(value, rows.taken)  # type: ignore[no-any-return]
+
+
+def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = False) -> Tensor:
+    """`shortcut` plus the branch in the rows that ran: `[batch, ...]`, `[kept, ...]` -> `[batch, ...]`.
+
+    The result has the memory format of the first operand, as that of an add has: it decides how fast the convolutions after it are.
+    """
+    if rows.taken is None:
+        branch = _weighted(branch, rows.weight)
+        return branch + shortcut if branch_first else shortcut + branch
+    dtype = torch.promote_types(shortcut.dtype, branch.dtype)
+    return _Merge.apply(shortcut.to(dtype), branch, rows.taken, rows.place, rows.weight, branch_first)  # type: ignore[no-any-return]
+
+
+def spread(branch: Tensor, rows: Rows) -> Tensor:
+    """The branch in the rows that ran, and zeros in the others: `[kept, ...]` -> `[batch, ...]`."""
+    if rows.taken is None:
+        return _weighted(branch, rows.weight)
+    zeros = branch.new_zeros(()).expand(rows.batch, *branch.shape[1:])
+    return merge(zeros, branch, rows)
+
+
+def _weighted(branch: Tensor, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        return branch
+    return branch * weight.to(branch.dtype).view([-1] + [1] * (branch.dim() - 1) if weight.dim() else [])
+
+
+def _select(value: Tensor, index: Tensor) -> Tensor:
+    """Rows of `value`, in its memory format."""
+    if torch.compiler.is_compiling() or value.is_contiguous():
+        return value.index_select(0, index)
+    taken, order = _empty_like(value, index.shape[0])
+    torch.index_select(value.permute(order), order.index(0), index, out=taken.permute(order))
+    return taken
+
+
+def _add_rows(base: Tensor, index: Tensor, place: Tensor | None, value: Tensor, like: Tensor) -> Tensor:
+    """A copy of `base` with `value` added to the rows at `index`, in the memory format of `like`."""
+    if place is not None:
+        # Reading each row's value by its place fuses with what comes after; writing by index would need atomic adds.
+        size = [-1] + [1] * (value.dim() - 1)
+        ran = (place < index.shape[0]).view(size)
+        return base + torch.where(ran, value.index_select(0, place.clamp(max=index.shape[0] - 1)), 0)
+    if base.is_contiguous() and like.is_contiguous():
+        return base.index_add(0, index, value)
+    added, order = _empty_like(like, base.shape[0])
+    added.copy_(base)
+    added.permute(order).index_add_(order.index(0), index, value.permute(order))
+    return added
+
+
+def _empty_like(like: Tensor, rows: int) -> tuple[Tensor, list[int]]:
+    """A new tensor with so many rows in the memory format of `like`, and its dims from the largest stride to the smallest.
+
+    It is no view, so that what comes after may write into it.
+    """
+    steps = like.stride()
+    order = sorted(range(like.dim()), key=lambda dim: (-steps[dim], dim))
+    strides, size = [0] * like.dim(), 1
+    shape = (rows, *like.shape[1:])
+    for dim in reversed(order):
+        strides[dim], size = size, size * shape[dim]
+    return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device), order
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(value: Tensor, index: Tensor, place: Tensor | None) -> Tensor:
+        return _select(value, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        value, ctx.index, ctx.place = inputs
+        ctx.batch = value.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        zeros = grad.new_zeros(()).expand(ctx.batch, *grad.shape[1:])
+        return _add_rows(zeros, ctx.index, ctx.place, grad, grad), None, None
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        return value.detach(), _select(value, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.index = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_taken: Tensor) -> Any:
+        return _add_rows(grad, ctx.index, None, grad_taken, grad), None
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        shortcut: Tensor, branch: Tensor, index: Tensor, place: Tensor | None, weight: Tensor | None, branch_first: bool
+    ) -> Tensor:
+        like = branch if branch_first else shortcut
+        return _add_rows(shortcut, index, place, _weighted(branch, weight).to(shortcut.dtype), like)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, branch, ctx.index, ctx.place, ctx.weight, _ = inputs
+        ctx.dtype = branch.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, _weighted(_select(grad, ctx.index).to(ctx.dtype), ctx.weight), None, None, None, None
