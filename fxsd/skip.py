@@ -52,7 +52,7 @@ class SkipStochasticDepth(StochasticDepth):
         >>> rows = draw(torch.zeros(8, 3))
         >>> len(rows.taken)
         4
-        >>> draw.eval()(torch.zeros(8, 3)).index is None
+        >>> draw.eval()(torch.zeros(8, 3)).taken is None
         True
     """
 
@@ -238,9 +238,7 @@ class _Fork(torch.autograd.Function):
 
 class _Merge(torch.autograd.Function):
     @staticmethod
-    def forward(
-        shortcut: Tensor, branch: Tensor, index: Tensor, place: Tensor | None, weight: Tensor | None, branch_first: bool
-    ) -> Tensor:
+    def forward(shortcut: Tensor, branch: Tensor, index: Tensor, place: Tensor | None, weight: Tensor | None, branch_first: bool) -> Tensor:
         like = branch if branch_first else shortcut
         return _add_rows(shortcut, index, place, _weighted(branch, weight).to(shortcut.dtype), like)
 
