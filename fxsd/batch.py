@@ -6,7 +6,7 @@ on a few rows of random numbers, alone, which shows whether its rows depend on e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +52,9 @@ class Region:
     least_rows: int
 
 
-def find_regions(part: Part, call: Call, residuals: Sequence[Residual], subset_batch_norm: bool) -> list[Region | str]:
+def find_regions(
+    part: Part, call: Call, residuals: Sequence[Residual], subset_batch_norm: bool = False, all_or_none: bool = False
+) -> list[Region | str]:
     """The region of each residual add of a part, or a sentence why it has to run on all rows.
 
     Runs the branches; the caller restores the model and the random states.
@@ -65,7 +67,7 @@ def find_regions(part: Part, call: Call, residuals: Sequence[Residual], subset_b
     found: list[Region | str] = []
     for residual in residuals:
         try:
-            region = batch.region(residual, subset_batch_norm)
+            region = batch.region(residual, subset_batch_norm, all_or_none)
             inner = adds.intersection(region.nodes)
             found.append(f"its branch holds another site, {next(iter(inner)).name}" if inner else region)
         except Illegal as error:
@@ -121,8 +123,13 @@ class Batch:
                 self.flops[node] = counter.get_total_flops() - before
         return values
 
-    def region(self, residual: Residual, subset_batch_norm: bool = False) -> Region:
+    def region(self, residual: Residual, subset_batch_norm: bool = False, all_or_none: bool = False) -> Region:
         """The region of a branch.
+
+        Args:
+            residual: whose branch.
+            subset_batch_norm: batch norm may see some of the rows.
+            all_or_none: the branch will run on all rows or on none, so that it does not matter what they have to do with each other.
 
         Raises:
             Illegal: it has to run on all rows.
@@ -137,7 +144,7 @@ class Batch:
         self._check_users(residual, inside)
         self._check_writes(residual, nodes, outside, entries)
         probe = _Probe(self.module, self.values[0], residual, nodes, outside, set(entries), counts)
-        least_rows = probe.least_rows(subset_batch_norm)
+        least_rows = probe.on_none() if all_or_none else probe.least_rows(subset_batch_norm)
         share = sum(self.flops[node] for node in nodes) / max(self.total_flops, 1)
         return Region(tuple(nodes), tuple(entries), counts, share, least_rows)
 
@@ -227,6 +234,13 @@ class Batch:
             raise Illegal(f"it adds in place into {target.name}, which is read afterwards")
 
 
+def _awake(tensor: Tensor) -> Tensor:
+    """A parameter, or random numbers where it is nought: what it multiplies shall be seen."""
+    if tensor.dtype.is_floating_point and tensor.numel() and tensor.abs().max() < 1e-3:
+        return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor.device, tensor.dtype)
+    return tensor
+
+
 class _Probe:
     """Runs one branch alone, on random numbers."""
 
@@ -266,6 +280,17 @@ class _Probe:
             raise Illegal("its branch does not run on one sample or two")
         return rows
 
+    def on_none(self) -> int:
+        """Zero, which is how many rows the branch needs.
+
+        Raises:
+            Illegal: it needs more.
+        """
+        with torch.no_grad(), in_mode(self.module, True):
+            if not self._runs(0):
+                raise Illegal("its branch does not run on a batch of no samples")
+        return 0
+
     def _mixes(self, draws: _NoDraws) -> str:
         """Says how its rows depend on each other, if they do."""
         some = torch.tensor([2, 0])
@@ -295,7 +320,7 @@ class _Probe:
             return False
         return isinstance(result, Tensor) and result.shape[:1] == (rows,)
 
-    def _run(self, rows: int, entry: Any) -> Any:
+    def _run(self, rows: int, entry: Callable[[Tensor], Tensor]) -> Any:
         known: dict[fx.Node, Any] = {}
         for node, value in self.given.items():
             if node in self.counts:
@@ -403,13 +428,6 @@ def _random(like: Tensor, rows: int | None, generator: torch.Generator) -> Tenso
     else:
         made = torch.full(ordered, like.dtype is torch.bool, dtype=like.dtype, device=like.device)
     return made.permute(inverse)
-
-
-def _awake(tensor: Tensor) -> Tensor:
-    """A parameter, or random numbers where it is nought: what it multiplies shall be seen."""
-    if tensor.dtype.is_floating_point and tensor.numel() and tensor.abs().max() < 1e-3:
-        return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor.device, tensor.dtype)
-    return tensor
 
 
 def _tainted(value: Tensor) -> Tensor:

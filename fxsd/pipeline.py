@@ -239,7 +239,8 @@ def _with_regions(captured: Captured, plans: Sequence[Plan], options: Options) -
             if own and part.call is None:
                 found |= dict.fromkeys([plan.name for plan in own], "it is not known how the part of the model that it is in is called")
             elif own and part.call is not None:
-                regions = find_regions(part, part.call, [plan.residual for plan in own], options.subset_batch_norm)
+                adds = [plan.residual for plan in own]
+                regions = find_regions(part, part.call, adds, options.subset_batch_norm, options.stochastic_method == "block")
                 found |= dict(zip([plan.name for plan in own], regions, strict=True))
         snapshot.restore(captured.model)
     if options.compute == "auto":

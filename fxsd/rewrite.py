@@ -93,7 +93,9 @@ def _rewrite_part(
     for plan in plans:
         path = part.to_local(plan.residual.module)
         home = root.get_submodule(path)
-        kwargs: dict[str, Any] = {} if plan.region is None else {"least_rows": plan.region.least_rows}
+        kwargs: dict[str, Any] = {}
+        if plan.region is not None:
+            kwargs = {"least_rows": plan.region.least_rows}
         op = (StochasticDepth if plan.region is None else SkipStochasticDepth)(
             plan.drop_rate,
             stochastic_method,

@@ -27,12 +27,14 @@ class Rows(NamedTuple):
         batch: how many rows there are.
         taken: the rows that run, or None: all of them.
         place: for each row its place in `taken`, or any number beyond; compiled code only.
+        none: no row runs, instead of `taken`.
         weight: what the branch is multiplied by, None for one: a number, or one for each row that runs.
     """
 
     batch: int
     taken: Tensor | None = None
     place: Tensor | None = None
+    none: bool = False
     weight: Tensor | None = None
 
 
@@ -77,23 +79,27 @@ class SkipStochasticDepth(StochasticDepth):
         if self._never_drops or batch == 0:
             return Rows(batch)
         if self.stochastic_method == "block":
-            kept = batch * int(torch.rand(()).item() < self._keep_parts / _PARTS)
-        else:
-            kept, rest = _whole_rows(batch, self._keep_parts)
-            if batch - kept <= 1 and batch > 1:
-                # At most one row is dropped, so there is nothing to gain.
-                return Rows(batch, weight=self._mask(batch, device, scale))
-            kept += int(rest > _SLACK and torch.rand(()).item() < rest / _PARTS)
+            keep = torch.rand(()).item() < self._keep_parts / _PARTS
+            return Rows(batch, none=not keep, weight=scale)
+        kept, rest = _whole_rows(batch, self._keep_parts)
+        if batch - kept <= 1 and batch > 1:
+            # At most one row is dropped, so there is nothing to gain.
+            return Rows(batch, weight=self._mask(batch, device, scale))
+        kept += int(rest > _SLACK and torch.rand(()).item() < rest / _PARTS)
         if kept == batch:
             return Rows(batch, weight=scale)
         run = max(kept, min(self.least_rows, batch))
         index = torch.randperm(batch, device=device)[:run]
         if run == kept:
-            return Rows(batch, index.sort().values, None, scale)
+            return Rows(batch, index.sort().values, weight=scale)
         weight = (torch.arange(run, device=device) < kept).float()
-        return Rows(batch, index, None, weight if scale is None else weight * scale)
+        return Rows(batch, index, weight=weight if scale is None else weight * scale)
 
     def _draw_compiled(self, batch: int, device: torch.device, scale: Tensor | None) -> Rows:
+        if self.stochastic_method == "block":
+            # A mask: in torch 2.14, Inductor gives wrong numbers for attention on rows whose number is drawn inside the graph.
+            weight = (torch.rand((), device=device) >= self.drop_rate).float()
+            return Rows(batch, weight=weight if scale is None else weight * scale)
         parts = self._size.shape[0]
         whole, rest = _whole_rows(batch, parts)
         run = (batch * parts + _PARTS - 1 - _SLACK) // _PARTS
@@ -101,7 +107,7 @@ class SkipStochasticDepth(StochasticDepth):
         one_more = (torch.rand((), device=device) < rest / _PARTS) & (self.drop_rate < 1.0)
         kept = whole + one_more
         weight = (torch.arange(run, device=device) < kept).float()
-        return Rows(batch, order[:run], order.argsort(), weight if scale is None else weight * scale)
+        return Rows(batch, order[:run], order.argsort(), weight=weight if scale is None else weight * scale)
 
     def _mask(self, batch: int, device: torch.device, scale: Tensor | None) -> Tensor:
         keep = (torch.rand(batch, device=device) >= self.drop_rate).float()
@@ -114,7 +120,7 @@ class SkipStochasticDepth(StochasticDepth):
     def _set_parts(self) -> None:
         self._keep_parts = round((1.0 - self.rate) * _PARTS)
         # No buffer: the rate is its *size*, which compiled code takes for a variable, so that it can move without compiling again.
-        # Large enough that one row runs: compiled code takes the sizes 0 and 1 for constants.
+        # Compiled code takes the sizes 0 and 1 for constants, of itself and of the rows that run, so that one row has to.
         self._size = torch.empty(max(self._keep_parts, 2 * _SLACK), 0)
         torch._dynamo.maybe_mark_dynamic(self._size, 0)
 
@@ -128,16 +134,20 @@ def _whole_rows(batch: int, keep_parts: int) -> tuple[int, int]:
 
 def take(value: Tensor, rows: Rows) -> Tensor:
     """The rows of `value` that run: `[batch, ...]` -> `[kept, ...]`. One row that stands for all of them is left as it is."""
-    if rows.taken is None or (value.shape[0] == 1 and rows.batch != 1):
+    if value.shape[0] == 1 and rows.batch != 1:
+        return value
+    if rows.none:
+        return value[:0]
+    if rows.taken is None:
         return value
     return _Take.apply(value, rows.taken, rows.place)  # type: ignore[no-any-return]
 
 
 def fork(value: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """`value` itself for the shortcut, and the rows of it that run for the branch: one pass less in backward than `take`."""
-    if rows.taken is None:
-        return value, value
-    if torch.compiler.is_compiling():
+    if rows.none:
+        return value, value.detach()[:0]  # what runs on no rows has no gradient
+    if rows.taken is None or torch.compiler.is_compiling():
         return value, take(value, rows)
     return _Fork.apply(value, rows.taken)  # type: ignore[no-any-return]
 
@@ -147,6 +157,8 @@ def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = Fal
 
     The result has the memory format of the first operand, as that of an add has: it decides how fast the convolutions after it are.
     """
+    if rows.none:
+        return torch.cat([branch.to(shortcut.dtype), shortcut])  # so that parameters of the branch get gradients of zero
     if rows.taken is None:
         branch = _weighted(branch, rows.weight)
         return branch + shortcut if branch_first else shortcut + branch
@@ -156,7 +168,7 @@ def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = Fal
 
 def spread(branch: Tensor, rows: Rows) -> Tensor:
     """The branch in the rows that ran, and zeros in the others: `[kept, ...]` -> `[batch, ...]`."""
-    if rows.taken is None:
+    if rows.taken is None and not rows.none:
         return _weighted(branch, rows.weight)
     zeros = branch.new_zeros(()).expand(rows.batch, *branch.shape[1:])
     return merge(zeros, branch, rows)
