@@ -117,7 +117,8 @@ def _sites_of(gm: StochasticGraphModule) -> Iterator[ResidualSite]:
         op = gm.get_submodule(str(node.target))
         if isinstance(op, StochasticDepth) and META in node.meta:
             add, branch, shortcut, fork = (named[node.meta[META][role]] for role in ("add", "branch", "shortcut", "fork"))
-            yield ResidualSite(op.site, op.module, op.depth, op.rate, op.kind, op.compute, add, branch, shortcut, fork, op.reason)
+            compute = "mask" if node.kwargs.get("mask") else op.compute
+            yield ResidualSite(op.site, op.module, op.depth, op.rate, op.kind, compute, add, branch, shortcut, fork, op.reason)
         elif parts:
             called = _outermost([module for module in op.modules() if module in parts])
             for part in called:

@@ -47,7 +47,7 @@ class SkipStochasticDepth(StochasticDepth):
 
     Shape:
         - Input: any tensor with the batch in dim 0, of which only the size and the device matter.
-        - Output: `Rows`.
+        - Output: `Rows`. With `mask=True` the input is a branch, and the output is that of `StochasticDepth`.
 
     Example:
         >>> draw = SkipStochasticDepth(0.5)
@@ -65,7 +65,9 @@ class SkipStochasticDepth(StochasticDepth):
         self.least_rows = least_rows
         self._set_parts()
 
-    def forward(self, like: Tensor) -> Rows:  # type: ignore[override]
+    def forward(self, like: Tensor, mask: bool = False) -> Rows | Tensor:  # type: ignore[override]
+        if mask:
+            return super().forward(like)
         batch = like.shape[0]
         if not self.training:
             keep_prob = 1.0 - self.drop_rate

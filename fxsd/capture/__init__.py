@@ -22,6 +22,7 @@ from fxsd.capture.snapshot import Snapshot, unchanged
 from fxsd.capture.tracer import Tracer, place_in_model
 from fxsd.errors import CaptureError, FxsdError
 from fxsd.graphmodule import StochasticGraphModule, copy_graph
+from fxsd.unskip import unskip
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,10 @@ class _Capturer:
         if isinstance(module, fx.GraphModule):
             eval_graph = getattr(module, "eval_graph", None)
             graphs = tuple(copy_graph(graph) for graph in (module.graph, eval_graph) if graph is not None)
-            if not isinstance(module, StochasticGraphModule):
+            if isinstance(module, StochasticGraphModule):
+                for graph in graphs:
+                    unskip(graph, module)
+            else:
                 place_in_model(graphs[0], path, type(module))
             inner = frozenset(_graph_modules(path, module, graphs))
             self._add(Part(path, module, graphs, known, call=_any(self.calls(path, True))), inner)
