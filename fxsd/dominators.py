@@ -11,7 +11,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
@@ -66,15 +66,19 @@ class Dominators(Generic[T]):
         assert found is not None
         return found
 
-    def strides(self, node: T, above: T | None) -> Iterator[tuple[T, bool]]:
+    def strides(self, node: T, above: T | None, whole: Callable[[T], bool] = lambda node: True) -> Iterator[tuple[T, bool]]:
         """The way from `node` up to its dominator `above`, which is left out, in few steps.
+
+        Args:
+            node, above: the ends of the way.
+            whole: from which nodes to go to their jump at once.
 
         Yields:
             (a node, True) for all from that node up to its jump, which is left out; (a node, False) for that node alone.
         """
         top, current = self._depth[above], node
         while self._depth[current] > top:
-            far = self._depth[self.jump[current]] >= top
+            far = self._depth[self.jump[current]] >= top and whole(current)
             yield current, far
             current = self.jump[current] if far else self.parent[current]  # type: ignore[assignment]
 

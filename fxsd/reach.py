@@ -1,56 +1,52 @@
 """Who can reach whom in a captured graph, and what lies between: grown node by node, each question in about logarithmic time.
 
-What lies between a node and a dominator of it is the union of what lies between each dominator on the way and the next. The
-*summary* of such a part is a union, too, so that it can be kept for every node and for every jump along the tree.
+What lies between a node and a dominator of it is the union of what lies between each dominator on the way and the next, so that it can
+be kept for every node and for every jump along the tree. What comes from a fork that is no dominator meets what does not in a *merge*, the
+first node that all of its paths to an end pass: `fxsd.forks` tells what lies between these two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from heapq import heappop, heappush
+from itertools import islice
+from typing import NamedTuple
 
 from torch import fx
 
 from fxsd.dominators import Dominators
+from fxsd.forks import OpenForks
 from fxsd.values import Kind, activation_inputs, bases, is_activation, written
 
-MANY = 4  # a summary names at most as many nodes
+MANY = 4  # so many heavy nodes or more are not told apart
 HEAVY = {Kind.LINEAR, Kind.MIX, Kind.OPAQUE}
-_TABLES = 16  # tables of paths that are kept
+
+# What a part of a graph holds is a number, a bit for each kind and two more. Bit 0 says that there is such a part.
+_PART = 1
+_BIT = {kind: 2 << i for i, kind in enumerate(filter(is_activation, Kind))}
+_SEALED, _SITES = 2 << len(_BIT), 4 << len(_BIT)
+_HEAVY = sum(_BIT[kind] for kind in HEAVY)
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What a part of a graph holds. Parts may overlap: nothing is counted twice.
+class Summary(NamedTuple):
+    """What a part of a graph holds.
 
     Attributes:
         kinds: of all its nodes.
-        heavy: its linear, mixing and opaque nodes; any `MANY` of them where there are more.
         sealed: it holds opaque calls that may have parameters.
         sites: it holds nodes that were marked when they were added.
     """
 
-    kinds: frozenset[Kind] = frozenset()
-    heavy: tuple[fx.Node, ...] = ()
-    sealed: bool = False
-    sites: bool = False
-
-    def __or__(self, other: Summary) -> Summary:
-        if other is self or other is NOTHING:
-            return self
-        kinds = self.kinds if other.kinds <= self.kinds else self.kinds | other.kinds
-        heavy = self.heavy
-        if len(heavy) < MANY and other.heavy:
-            heavy = (*heavy, *(node for node in other.heavy if node not in heavy))[:MANY]
-        sealed, sites = self.sealed or other.sealed, self.sites or other.sites
-        if kinds is self.kinds and len(heavy) == len(self.heavy) and sealed is self.sealed and sites is self.sites:
-            return self
-        return Summary(kinds, heavy, sealed, sites)
+    kinds: frozenset[Kind]
+    sealed: bool
+    sites: bool
 
 
-NOTHING = Summary()
-_ONLY = {kind: Summary(frozenset([kind])) for kind in Kind}
+@cache
+def _read(bits: int) -> Summary:
+    return Summary(frozenset(kind for kind, bit in _BIT.items() if bits & bit), bool(bits & _SEALED), bool(bits & _SITES))
 
 
 class Reach:
@@ -66,24 +62,27 @@ class Reach:
         self.index = {node: i for i, node in enumerate(graph.nodes)}
         self._tree: Dominators[fx.Node] = Dominators()
         self._inputs: dict[fx.Node, list[fx.Node]] = {}
-        self._own: dict[fx.Node, Summary] = {}
-        self._local: dict[fx.Node, Summary] = {}  # between a node and its immediate dominator
-        self._stride: dict[fx.Node, Summary] = {}  # between a node and its jump
+        for node in graph.nodes:
+            if is_activation(kinds[node]):
+                self._inputs[node] = activation_inputs(node, kinds)
+                self._tree.add(node, self._inputs[node])
+        self._forks = OpenForks(self._inputs, self._tree.parent, _SITES.bit_length())
+        self._own: dict[fx.Node, int] = {}
+        self._local: dict[fx.Node, int] = {}  # between a node and its immediate dominator
+        self._stride: dict[fx.Node, int] = {}  # between a node and its jump
         self._marked: set[fx.Node] = set()
         self._holding: set[fx.Node] = set()  # marked nodes may lie between one of these and its immediate dominator
         self._up: dict[fx.Node, fx.Node | None] = {}  # itself if marked or holding, else a dominator on the way to one that is
-        self._paths: dict[fx.Node, tuple[int, dict[fx.Node, Summary]]] = {}  # the last ones that were asked for
         self._fed: dict[fx.Node, _Descendants] = {}
 
     def add(self, node: fx.Node, marked: bool = False) -> None:
         """Adds the next activation of the graph."""
-        inputs = self._inputs[node] = activation_inputs(node, self.kinds)
-        self._tree.add(node, inputs)
-        above, jump = self._tree.parent[node], self._tree.jump[node]
-        local = self._own[node] = self._summary_of(node, marked)
+        inputs, above, jump = self._inputs[node], self._tree.parent[node], self._tree.jump[node]
+        local = self._own[node] = self._bits(node, marked)
+        self._forks.add(node, local)
         for arg in inputs:
             if arg is not above:
-                local = local | self._down(above, arg)
+                local |= self._down(above, arg)
         self._local[node] = local
         # A jump over several dominators is made of those of the first of them.
         self._stride[node] = local if jump is above else local | self._stride[above] | self._stride[self._tree.jump[above]]  # type: ignore[index]
@@ -93,12 +92,10 @@ class Reach:
             self._holding.add(node)
         self._up[node] = node if node in self._marked or node in self._holding else above
 
-    def _summary_of(self, node: fx.Node, marked: bool) -> Summary:
+    def _bits(self, node: fx.Node, marked: bool) -> int:
         kind = self.kinds[node]
-        if kind not in HEAVY and not marked:
-            return _ONLY[kind]
         sealed = kind is Kind.OPAQUE and (node.op != "call_function" or any(self.kinds[a] is Kind.CONSTANT for a in node.all_input_nodes))
-        return Summary(frozenset([kind]), (node,) if kind in HEAVY else (), sealed, marked)
+        return _BIT[kind] | sealed * _SEALED | marked * _SITES
 
     # --- who comes from whom ------------------------------------------------------------------------------------------------
 
@@ -108,10 +105,7 @@ class Reach:
             return False
         if not is_activation(self.kinds[node]):
             return of in self._descendants(node, self.index[of])
-        if self._tree.dominates(node, of):
-            return True
-        merge = self._merge(node, of)
-        return len(self._inputs[merge]) > 1 and self.index[node] < self.index[merge] and node in self._paths_to(merge, node)
+        return self._between(node, of) > 0
 
     def is_behind(self, node: fx.Node, of: fx.Node) -> bool:
         """Does every path to the activation `of` pass `node`? None passes a constant only."""
@@ -134,56 +128,105 @@ class Reach:
 
     def summary(self, fork: fx.Node, end: fx.Node) -> Summary:
         """What the paths from `fork`, an ancestor of `end`, to `end` hold; `fork` is left out."""
-        if not is_activation(self.kinds[fork]):
-            found = NOTHING
-            for node in self.fed(fork, end):
-                found = found | self._own[node]
-            return found
-        if self._tree.dominates(fork, end):
-            return self._down(fork, end)
-        merge = self._merge(fork, end)
-        return self._paths_to(merge, fork)[fork] | self._down(merge, end)
+        if is_activation(self.kinds[fork]):
+            return _read(self._between(fork, end))
+        bits = 0
+        for node in self.region(fork, end):
+            bits |= self._own[node]
+        return _read(bits)
 
-    def region(self, fork: fx.Node, end: fx.Node) -> list[fx.Node]:
-        """The activations on the paths from `fork` (left out) to `end` (kept), in order. As slow as they are many."""
-        if not is_activation(self.kinds[fork]):
-            return sorted(self.fed(fork, end), key=self.index.__getitem__)
-        inside: dict[fx.Node, None] = {}
-        for node in self._past(end, self.index[fork] + 1):
-            if any(arg is fork or arg in inside for arg in self._inputs[node]):
-                inside[node] = None
-        return list(inside)
+    def heavy(self, fork: fx.Node, end: fx.Node) -> list[fx.Node]:
+        """The linear, mixing and opaque nodes on the paths from `fork` to `end`; any `MANY` of them where there are more."""
+        if self.is_behind(fork, end):
+            return list(islice(self._heavy_behind(fork, end), MANY))
+        return list(islice((node for node in self.region(fork, end) if self._own[node] & _HEAVY), MANY))
 
-    def fed(self, constant: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
-        """The activations on the paths from a constant to `end`, nearest to `end` first."""
-        below = self._descendants(constant, self.index[end])
+    def region(self, fork: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
+        """The activations on the paths from `fork` (left out) to `end` (kept), from `end` on. As slow as they are many."""
+        below = None if is_activation(self.kinds[fork]) else self._descendants(fork, self.index[end])
         seen, stack = {end}, [end]
         while stack:
             yield (node := stack.pop())
-            new = [arg for arg in self._inputs[node] if arg in below and arg not in seen]
+            new = [arg for arg in self._inputs[node] if arg not in seen]
+            new = [arg for arg in new if (self.is_ancestor(fork, arg) if below is None else arg in below)]
             seen.update(new)
             stack.extend(new)
+
+    def _between(self, node: fx.Node, end: fx.Node) -> int:
+        """What the paths from `node` to `end`, which comes later, hold; 0 if there are none."""
+        if end not in self._inputs:
+            return 0
+        passed = _PART
+        while not self._tree.dominates(node, end):
+            if len(node.users) != 1:
+                merge = self._merge(node, end)
+                entered = self._forks.between(node, merge) if node.users else 0
+                return passed | entered | self._own[merge] | self._down(merge, end) if entered else 0
+            node = next(iter(node.users))
+            if node not in self._inputs or self.index[node] > self.index[end]:
+                return 0
+            passed |= self._own[node]
+        return passed | self._down(node, end)
+
+    def _down(self, above: fx.Node | None, node: fx.Node) -> int:
+        """What lies between `node` and its dominator `above`, which is left out."""
+        found = 0
+        for current, far in self._tree.strides(node, above):
+            found |= (self._stride if far else self._local)[current]
+        return found
+
+    def _heavy_behind(self, above: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
+        """The heavy nodes between `end` and its dominator `above`, without a look at the parts that hold none."""
+        seen = set[fx.Node]()
+        stack: list[tuple[fx.Node | None, fx.Node]] = [(above, end)]
+        while stack:
+            top, node = stack.pop()
+            for current, far in self._tree.strides(node, top, whole=lambda node: not self._stride[node] & _HEAVY):
+                if not far and current not in seen and self._local[current] & _HEAVY:
+                    seen.add(current)
+                    if self._own[current] & _HEAVY:
+                        yield current
+                    parent = self._tree.parent[current]
+                    stack.extend((parent, arg) for arg in self._inputs[current] if arg is not parent)
 
     # --- marked nodes -------------------------------------------------------------------------------------------------------
 
     def marked_in_series(self, fork: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
         """The marked nodes that every path from `fork` to `end` passes, nearest to `end` first."""
-        if not self.is_behind(fork, end):
-            region = self.region(fork, end)
-            always = _cuts(region, fork)
-            yield from (node for node in reversed(region) if node in always and node in self._marked)
-            return
-        node = self._first_of_interest(end, fork)
+        above = self._tree.nearest_common(fork, end)
+        node = self._first_of_interest(end, above)
         while node is not None:
             if node in self._marked:
                 yield node
-            node = self._first_of_interest(self._tree.parent[node], fork)
+            node = self._first_of_interest(self._tree.parent[node], above)
+        if above is not fork:
+            yield from filter(self._marked.__contains__, self._always(fork, self._merge(fork, end)))
+
+    def _always(self, fork: fx.Node, merge: fx.Node) -> Iterator[fx.Node]:
+        """The nodes before `merge` that every path from `fork` passes, if some are marked, nearest to `merge` first.
+
+        In the order of the graph, no path jumps over these.
+        """
+        if not self._forks.between(fork, merge) & _SITES:
+            return
+        ahead, seen, node = list[tuple[int, fx.Node]](), set[fx.Node](), merge
+        while fork not in self._inputs[node]:
+            for arg in self._inputs[node]:
+                if arg not in seen and self.is_ancestor(fork, arg):
+                    seen.add(arg)
+                    heappush(ahead, (-self.index[arg], arg))
+            node = heappop(ahead)[1]
+            if not ahead:
+                yield node
 
     def marked_between(self, fork: fx.Node, end: fx.Node) -> list[fx.Node]:
         """All marked nodes on the paths from `fork` to `end`, in order."""
-        if not self.is_behind(fork, end):
-            return [node for node in self.region(fork, end) if node in self._marked]
-        return sorted(self._marked & self._of_interest(fork, end), key=self.index.__getitem__)
+        above = self._tree.nearest_common(fork, end)
+        inside = self._of_interest(fork if above is fork else self._merge(fork, end), end)
+        if above is not fork:
+            merge = self._merge(fork, end)
+            inside.update(self.region(fork, merge) if self._forks.between(fork, merge) & _SITES else [merge])
+        return sorted(self._marked & inside, key=self.index.__getitem__)
 
     def unmark(self, nodes: Iterable[fx.Node], fork: fx.Node, end: fx.Node) -> None:
         """Takes the marks off nodes between `fork` and `end`."""
@@ -220,38 +263,6 @@ class Reach:
             self._up[below] = node
         return node if node is not None and (above is None or self.index[node] > self.index[above]) else None
 
-    def _down(self, above: fx.Node | None, node: fx.Node) -> Summary:
-        """What lies between `node` and its dominator `above`, which is left out."""
-        found = NOTHING
-        for current, far in self._tree.strides(node, above):
-            found = found | (self._stride if far else self._local)[current]
-        return found
-
-    def _past(self, node: fx.Node, floor: int) -> list[fx.Node]:
-        """The activations from place `floor` on that `node` is computed from, itself included, in order."""
-        seen, stack = {node}, [node]
-        while stack:
-            new = [arg for arg in self._inputs[stack.pop()] if self.index[arg] >= floor and arg not in seen]
-            seen.update(new)
-            stack.extend(new)
-        return sorted(seen, key=self.index.__getitem__)
-
-    def _paths_to(self, merge: fx.Node, start: fx.Node) -> dict[fx.Node, Summary]:
-        """For every ancestor of `merge` from `start` on, what lies on the paths from there to `merge`."""
-        first, found = self._paths.pop(merge, (self.index[merge], {}))
-        if self.index[start] < first:
-            first = 2 * self.index[start] - self.index[merge]  # twice as far as asked for: others ask for earlier ones
-            found = dict.fromkeys(self._past(merge, first), NOTHING)
-            for node in reversed(found):
-                after = found[node] | self._own[node]
-                for arg in self._inputs[node]:
-                    if arg in found:
-                        found[arg] = found[arg] | after
-        if len(self._paths) >= _TABLES:
-            del self._paths[next(iter(self._paths))]
-        self._paths[merge] = first, found
-        return found
-
 
 @dataclass
 class _Descendants:
@@ -287,23 +298,4 @@ def live(graph: fx.Graph) -> set[fx.Node]:
         if node.op == "output" or node in found or leaves:
             found |= {node, *node.all_input_nodes}
             read.update(base[arg] for arg in node.all_input_nodes)
-    return found
-
-
-def _cuts(region: list[fx.Node], fork: fx.Node) -> set[fx.Node]:
-    """The nodes of a region that every path from `fork` to its end passes.
-
-    In topological order these are the nodes that no edge of the region jumps over.
-    """
-    place = {fork: -1, **{node: i for i, node in enumerate(region)}}
-    furthest = dict.fromkeys(place, -1)  # the furthest user inside the region
-    for node in region:
-        for arg in node.all_input_nodes:
-            if arg in place:
-                furthest[arg] = max(furthest[arg], place[node])
-    found, reach = set(), furthest[fork]
-    for node in region:
-        if reach <= place[node]:
-            found.add(node)
-        reach = max(reach, furthest[node])
     return found

@@ -24,7 +24,7 @@ from itertools import accumulate, pairwise
 
 from torch import fx
 
-from fxsd.reach import HEAVY, MANY, NOTHING, Reach, Summary, live
+from fxsd.reach import HEAVY, MANY, Reach, live
 from fxsd.values import Kind, is_activation, op_name, written
 
 _CHAIN = {Kind.VIEW, Kind.SCALE, Kind.DROP}
@@ -226,7 +226,8 @@ class _Finder:
             if chain and len(node.users) > 1 and self.reach.is_ancestor(node, branch):
                 heavier = self._weight(node, branch) > self._weight(node, shortcut)
                 enters = node.op == "placeholder" or not self._in_call(add, [node])
-                if heavier and enters and self._is_light(node, shortcut) and self._in_call(add, [*chain, *self.reach.region(node, branch)]):
+                block = heavier and enters and self._is_light(node, shortcut) and self._in_call(add, chain)
+                if block and self._in_call(add, self.reach.region(node, branch)):
                     return self._residual(add, branch, shortcut, node, "projection")
                 return None
             chain.append(node)
@@ -247,20 +248,27 @@ class _Finder:
 
     def _weight(self, fork: fx.Node, side: fx.Node, exact: bool = False) -> int:
         """How much a side does: pools alone make no branch. Up to `MANY`, unless it has to be exact."""
-        counted = len(self._side(fork, side).heavy)
+        if (start := self._start(fork, side)) is None:
+            return 0
+        counted = len(self.reach.heavy(fork, start))
         if exact and counted == MANY:
-            return sum(self.kinds[node] in HEAVY for node in self.reach.region(fork, self.start_of.get(side, side)))
+            return sum(self.kinds[node] in HEAVY for node in self.reach.region(fork, start))
         return counted
 
     def _is_light(self, fork: fx.Node, shortcut: fx.Node) -> bool:
         """At most one linear op from `fork` to `shortcut`, and else only norms, pools, activations, views and plain functions."""
-        side = self._side(fork, shortcut)
-        linears = sum(self.kinds[node] is Kind.LINEAR for node in side.heavy)
-        return linears <= 1 and len(side.heavy) < MANY and not side.sealed and side.kinds <= _CHAIN | _LIGHT | {Kind.LINEAR, Kind.OPAQUE}
+        if (start := self._start(fork, shortcut)) is None:
+            return True
+        side = self.reach.summary(fork, start)
+        if side.sealed or not side.kinds <= _CHAIN | _LIGHT | {Kind.LINEAR, Kind.OPAQUE}:
+            return False
+        heavy = self.reach.heavy(fork, start)
+        return len(heavy) < MANY and sum(self.kinds[node] is Kind.LINEAR for node in heavy) <= 1
 
-    def _side(self, fork: fx.Node, side: fx.Node) -> Summary:
+    def _start(self, fork: fx.Node, side: fx.Node) -> fx.Node | None:
+        """What the shortcuts of a side lead to; None if that is no later than `fork`."""
         start = self.start_of.get(side, side)
-        return self.reach.summary(fork, start) if self.reach.index[start] > self.reach.index[fork] else NOTHING
+        return start if self.reach.index[start] > self.reach.index[fork] else None
 
     def _residual(self, add: fx.Node, branch: fx.Node, shortcut: fx.Node, fork: fx.Node, kind: str) -> Residual:
         existing = next((node for node in self._single_inputs(branch, _CHAIN | {Kind.NORM}) if self.kinds[node] is Kind.DROP), None)
@@ -297,7 +305,7 @@ class _Finder:
     def _feeds(self, candidate: Residual) -> str | None:
         """The shortcut is a constant, as a class token is, but has been added before, as a position embedding may be."""
         fork, branch = candidate.fork, candidate.branch
-        if not is_activation(self.kinds[fork]) and any(map(self.blocks_in, self.reach.fed(fork, branch))):
+        if not is_activation(self.kinds[fork]) and any(map(self.blocks_in, self.reach.region(fork, branch))):
             return "its shortcut is a constant that feeds earlier blocks"
         return None
 
@@ -330,7 +338,7 @@ class _Finder:
         if candidate.existing is None:
             if branch.kinds.isdisjoint(_WORK):
                 return "its branch has no convolution, linear, attention or pooling op: there is nothing to drop"
-            if len(branch.heavy) == 1 and branch.kinds <= _BARE:
+            if branch.kinds <= _BARE and len(self.reach.heavy(candidate.fork, candidate.branch)) == 1:
                 return "its branch is a single linear op, as in a position encoding"
         if candidate.kind == "projection":
             if branch.kinds <= _LINEAR:
@@ -347,7 +355,7 @@ class _Finder:
                 return _MERGE
         return None
 
-    def _in_call(self, add: fx.Node, nodes: list[fx.Node]) -> bool:
+    def _in_call(self, add: fx.Node, nodes: Iterable[fx.Node]) -> bool:
         """Does the module call that executes `add` execute all of `nodes`? A decoder gets its skip from outside."""
         here = call(add)
         return all(here in node.meta.get("nn_module_stack", ()) for node in nodes)
@@ -443,7 +451,7 @@ class _Finder:
             if not ahead or _NUMBERED.search(path) or site.kind != "identity" or site.existing or self.include(path):
                 continue
             branch = self.reach.summary(site.fork, site.branch)
-            if len(branch.heavy) == 1 and branch.kinds <= _BARE | {Kind.NORM, Kind.NONLINEAR}:
+            if branch.kinds <= _BARE | {Kind.NORM, Kind.NONLINEAR} and len(self.reach.heavy(site.fork, site.branch)) == 1:
                 del self.accepted[add]
                 self._reject(add, "its branch is a single linear op and an activation ahead of the blocks, as in a position encoding")
 
