@@ -266,9 +266,9 @@ class _Finder:
         return len(heavy) < MANY and sum(self.kinds[node] is Kind.LINEAR for node in heavy) <= 1
 
     def _start(self, fork: fx.Node, side: fx.Node) -> fx.Node | None:
-        """What the shortcuts of a side lead to; None if that is no later than `fork`."""
+        """What the shortcuts of a side lead to; None if it does not come from `fork`: it is an earlier value, or a constant."""
         start = self.start_of.get(side, side)
-        return start if self.reach.index[start] > self.reach.index[fork] else None
+        return start if is_activation(self.kinds[start]) and self.reach.index[start] > self.reach.index[fork] else None
 
     def _residual(self, add: fx.Node, branch: fx.Node, shortcut: fx.Node, fork: fx.Node, kind: str) -> Residual:
         existing = next((node for node in self._single_inputs(branch, _CHAIN | {Kind.NORM}) if self.kinds[node] is Kind.DROP), None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import networkx as nx
 import pytest
+import torch
 from models import (
     CASES,
     BareLinear,
@@ -224,6 +225,22 @@ def test_a_position_embedding_that_a_called_module_with_sites_has_taken_is_no_sh
     found = search(graph, model, holds=lambda node: 2 if node.target == "encoder" else 0)
     assert not found.residuals
     assert [r.reason for r in found.rejected] == ["its shortcut is a constant that feeds earlier blocks"]
+
+
+def test_a_class_token_that_was_read_after_the_fork_may_be_added_to_again():
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.first, self.second = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.GELU()), nn.Linear(2, 2)
+            self.token = nn.Parameter(torch.zeros(1, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            token = self.token
+            token = token + self.first(torch.maximum(token, x))
+            return token + self.second(x.relu())
+
+    assert [(site.name, str(site.shortcut)) for site in fxsd.analyze(Token()).sites] == [("0", "token"), ("1", "add")]
 
 
 @pytest.mark.parametrize("left", [False, True])
