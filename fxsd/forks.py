@@ -30,28 +30,28 @@ class OpenForks:
         for node in inputs:
             forks += len(node.users) > 1
             self._until[node] = forks
-        self._first = dict(self._until)
+        self._first: dict[fx.Node, int] = {}
         self._last_user: dict[fx.Node, fx.Node] = {}
+        self._enters: dict[fx.Node, int] = {}  # the first fork whose field is asked of the inputs of a node
+        asked: dict[fx.Node, int] = {}
         for node in reversed(inputs):
-            first = self._enters(node)
+            first = self._first[node] = asked.pop(node, self._until[node])
+            first = self._enters[node] = min(first, self._until[self._above[node]])
             for arg in inputs[node]:
                 self._last_user.setdefault(arg, node)
-                if first < self._first[arg]:
-                    self._first[arg] = first
-
-    def _enters(self, node: fx.Node) -> int:
-        """The first fork whose field is asked of the inputs of `node`."""
-        return min(self._first[node], self._until[self._above[node]])
+                if first < asked.get(arg, self._until[arg]):
+                    asked[arg] = first
 
     def add(self, node: fx.Node, own: int) -> None:
         """Adds the next node, which holds `own`."""
         inputs = self._inputs[node]
-        enters, leaves, fields = self._enters(node), self._first[node], 0
-        for arg in inputs:
-            if arg in self._fields:
-                fields |= self._fields[arg] >> (enters - self._first[arg]) * self._width
-                if self._last_user[arg] is node:
-                    del self._fields[arg]
+        enters, leaves, fields = self._enters[node], self._first[node], 0
+        if self._fields:
+            for arg in inputs:
+                if arg in self._fields:
+                    fields |= self._fields[arg] >> (enters - self._first[arg]) * self._width
+                    if self._last_user[arg] is node:
+                        del self._fields[arg]
         if fields:
             if len(inputs) > 1:
                 self._merged[node] = fields >> (self._until[self._above[node]] - enters) * self._width
@@ -59,7 +59,7 @@ class OpenForks:
             while self._ones < fields:
                 self._ones |= self._ones << (self._ones.bit_length() + self._width - 1)
             fields |= (fields & self._ones) * own
-        if len(node.users) > 1 and self._until[node] > leaves:
+        if leaves < self._until[node] and len(node.users) > 1:
             fields |= 1 << (self._until[node] - 1 - leaves) * self._width
         if fields:
             self._fields[node] = fields

@@ -18,7 +18,7 @@ from torch import fx
 
 from fxsd.dominators import Dominators
 from fxsd.forks import OpenForks
-from fxsd.values import Kind, activation_inputs, bases, is_activation, written
+from fxsd.values import Kind, bases, is_activation, written
 
 MANY = 4  # so many heavy nodes or more are not told apart
 HEAVY = {Kind.LINEAR, Kind.MIX, Kind.OPAQUE}
@@ -64,8 +64,8 @@ class Reach:
         self._inputs: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
             if is_activation(kinds[node]):
-                self._inputs[node] = activation_inputs(node, kinds)
-                self._tree.add(node, self._inputs[node])
+                inputs = self._inputs[node] = [arg for arg in node.all_input_nodes if arg in self._inputs]
+                self._tree.add(node, inputs)
         self._forks = OpenForks(self._inputs, self._tree.parent, _SITES.bit_length())
         self._own: dict[fx.Node, int] = {}
         self._local: dict[fx.Node, int] = {}  # between a node and its immediate dominator
@@ -80,9 +80,10 @@ class Reach:
         inputs, above, jump = self._inputs[node], self._tree.parent[node], self._tree.jump[node]
         local = self._own[node] = self._bits(node, marked)
         self._forks.add(node, local)
-        for arg in inputs:
-            if arg is not above:
-                local |= self._down(above, arg)
+        if len(inputs) > 1:
+            for arg in inputs:
+                if arg is not above:
+                    local |= self._down(above, arg)
         self._local[node] = local
         # A jump over several dominators is made of those of the first of them.
         self._stride[node] = local if jump is above else local | self._stride[above] | self._stride[self._tree.jump[above]]  # type: ignore[index]
@@ -94,8 +95,10 @@ class Reach:
 
     def _bits(self, node: fx.Node, marked: bool) -> int:
         kind = self.kinds[node]
-        sealed = kind is Kind.OPAQUE and (node.op != "call_function" or any(self.kinds[a] is Kind.CONSTANT for a in node.all_input_nodes))
-        return _BIT[kind] | sealed * _SEALED | marked * _SITES
+        bits = _BIT[kind] | _SITES if marked else _BIT[kind]
+        if kind is Kind.OPAQUE and (node.op != "call_function" or any(self.kinds[a] is Kind.CONSTANT for a in node.all_input_nodes)):
+            return bits | _SEALED
+        return bits
 
     # --- who comes from whom ------------------------------------------------------------------------------------------------
 
@@ -293,9 +296,11 @@ def live(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that the output, or what outlasts the call, is computed from: by what they return, or by what they write in place."""
     base, found, read = bases(graph), set[fx.Node](), set[fx.Node]()
     for node in reversed(graph.nodes):
-        target = written(node)
-        leaves = target is not None and (base[target] in read or base[target].op in ("placeholder", "get_attr"))
-        if node.op == "output" or node in found or leaves:
-            found |= {node, *node.all_input_nodes}
-            read.update(base[arg] for arg in node.all_input_nodes)
+        if node not in found and node.op != "output":
+            target = written(node)
+            if target is None or not (base[target] in read or base[target].op in ("placeholder", "get_attr")):
+                continue
+        inputs = node.all_input_nodes
+        found.update((node, *inputs))
+        read.update(map(base.__getitem__, inputs))
     return found

@@ -37,6 +37,10 @@ class Kind(Enum):
     MIX = auto()  # products of activations over positions or channels: attention, matmul
     OPAQUE = auto()  # a call whose inside is not in the graph
 
+    __hash__ = object.__hash__  # that of Enum is written in Python, and kinds are looked up more than anything else
+
+
+_INACTIVE = (Kind.CONSTANT, Kind.SHAPE)
 
 _VIEWS = {
     "view", "reshape", "flatten", "unflatten", "ravel", "permute", "transpose", "t", "T", "mT", "H", "swapaxes", "swapdims", "movedim",
@@ -112,7 +116,10 @@ _MODULES: tuple[tuple[Any, Kind], ...] = (
 
 def op_name(node: fx.Node) -> str:
     """`add` for `operator.add`, `torch.add`, `Tensor.add_`, `__radd__` and `aten.add.Tensor`; attributes by their own name."""
-    name = _full_name(node)
+    return _stem(_full_name(node))
+
+
+def _stem(name: str) -> str:
     return name[2:-2] if name.startswith("__") and name.endswith("__") else name.rstrip("_")
 
 
@@ -133,19 +140,19 @@ def is_plain_add(node: fx.Node) -> bool:
 
 def written(node: fx.Node) -> fx.Node | None:
     """The value that `node` changes in place, if it does: `y += x`, `y[0] = x`, `y.copy_(x)`, `torch.relu_(y)`."""
-    if node.op not in ("call_function", "call_method") or not node.args or not isinstance(node.args[0], fx.Node):
+    if node.op not in ("call_function", "call_method") or not (args := node.args) or not isinstance(args[0], fx.Node):
         return None
     name = _full_name(node)
     method = name.endswith("_") and not name.endswith("__") and getattr(node.target, "__module__", "") != operator.and_.__module__
-    return node.args[0] if method or op_name(node) in _ASSIGNMENTS else None
+    return args[0] if method or _stem(name) in _ASSIGNMENTS else None
 
 
 def bases(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Whose memory each node may share: that of the value that it is a view of, or the result of writing into; else its own."""
     found: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        is_view = node.op in ("call_function", "call_method") and op_name(node) in _VIEWS and node.all_input_nodes
-        base = node.all_input_nodes[0] if is_view else written(node)
+        is_view = node.op in ("call_function", "call_method") and op_name(node) in _VIEWS
+        base = next(iter(node.all_input_nodes), None) if is_view else written(node)
         found[node] = node if base is None else found[base]
     return found
 
@@ -165,11 +172,9 @@ def kinds(graph: fx.Graph, module: Callable[[str], nn.Module], drop_paths: Set[s
 
 def _filled(graph: fx.Graph, kinds: dict[fx.Node, Kind]) -> set[fx.Node]:
     """The new tensors that activations are written into and that are read by another name than the write's: a batch of padded images."""
-    base, found = bases(graph), set()
-    for node in graph.nodes:
-        target = written(node)
-        if target is None or not is_activation(kinds[node]):
-            continue
+    written_to = [(node, target) for node in graph.nodes if is_activation(kinds[node]) and (target := written(node)) is not None]
+    base, found = bases(graph) if written_to else {}, set()
+    for node, target in written_to:
         new = base[target]
         if (target is not new or not node.users) and new.op != "get_attr" and kinds[new] is Kind.CONSTANT:
             found.add(new)
@@ -197,11 +202,7 @@ def is_flag(node: fx.Node) -> bool:
 
 
 def is_activation(kind: Kind) -> bool:
-    return kind not in (Kind.CONSTANT, Kind.SHAPE)
-
-
-def activation_inputs(node: fx.Node, kinds: dict[fx.Node, Kind]) -> list[fx.Node]:
-    return [arg for arg in node.all_input_nodes if is_activation(kinds[arg])]
+    return kind not in _INACTIVE
 
 
 def _kind(node: fx.Node, known: dict[fx.Node, Kind], module: Callable[[str], nn.Module], drop_paths: Any) -> Kind:
