@@ -90,6 +90,16 @@ def test_the_sites_of_a_fan_add_an_early_value_to_a_late_one(tool: ModuleType):
     assert above[sites[0].branch.args[0].args[0]] is next(iter(place)), "all values meet below the input, and none dominates the product"
 
 
+def test_each_branch_of_a_cross_has_a_merge_of_its_own(tool: ModuleType):
+    n = 20
+    sites, graph, place = captured(tool.growing.Cross(n))
+    assert len(graph) == 7 * n + 2
+    assert [site.shortcut.target for site in sites] == [f"early.{i}.1" for i in range(n)]
+    assert [[arg.target for arg in site.branch.args] for site in sites] == [[f"late.{i}.1", f"early.{n - 1 - i}.1"] for i in range(n)]
+    above = nx.immediate_dominators(graph, next(iter(place)))
+    assert {above[site.branch] for site in sites} == {next(iter(place))}, "below the input, and no two the same"
+
+
 def test_the_sites_of_a_nest_join_first_and_last(tool: ModuleType):
     n = 20
     sites, graph, place = captured(tool.growing.Nest(n))

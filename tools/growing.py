@@ -41,7 +41,18 @@ class Fan(nn.Module):
         product = values[0]
         for value in values[1:]:
             product = product * value
-        return torch.cat([value + branch(product) for value, branch in zip(values, self.late, strict=True)])
+        branches = [branch(product) for branch in self.late]
+        return torch.cat([value + branch for value, branch in zip(values, self.merged(branches, values), strict=True)])
+
+    def merged(self, branches: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+        return branches
+
+
+class Cross(Fan):
+    """As `Fan`, but each branch is multiplied by one of the values, so that each has a merge of its own."""
+
+    def merged(self, branches: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+        return [branch * other for branch, other in zip(branches, reversed(values), strict=True)]
 
 
 class Nest(nn.Module):
@@ -70,4 +81,4 @@ def chain(n: int) -> nn.Sequential:
     return nn.Sequential(*(Block() for _ in range(n)))
 
 
-GRAPHS: dict[str, Callable[[int], nn.Module]] = {"chain": chain, "fan": Fan, "nest": Nest}
+GRAPHS: dict[str, Callable[[int], nn.Module]] = {"chain": chain, "fan": Fan, "cross": Cross, "nest": Nest}
