@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 
 from torch import fx
 
@@ -132,6 +132,7 @@ class _Finder:
     # x + f(x) + g(x): the second branch has the shortcut of the first. From a sum that was accepted, where its shortcuts lead to:
     fork_of: dict[fx.Node, fx.Node] = field(default_factory=dict)  # the first value with other users, which may be a fork
     start_of: dict[fx.Node, fx.Node] = field(default_factory=dict)  # the first value that is no such sum
+    origins: dict[fx.Node, fx.Node] = field(default_factory=dict)  # what `_origin` has found
     parts: dict[fx.Node, dict[fx.Node, list[fx.Node]]] = field(default_factory=dict)  # what `_parts` has found
 
     def __post_init__(self) -> None:
@@ -207,6 +208,8 @@ class _Finder:
         for node in self._chain(a, _CHAIN):
             if len(node.users) > 1 and self.reach.is_ancestor(node, b):
                 return self._residual(add, b, a, node, "identity")
+            if node is a and not self.reach.is_ancestor(self._origin(a), b):
+                return None  # nor is any other
         return None
 
     def _projection(self, add: fx.Node, a: fx.Node, b: fx.Node) -> Residual | None:
@@ -221,17 +224,17 @@ class _Finder:
         Not everything behind the branch comes from one node then; that one call executes it all and gets the fork from outside says that
         it is a block. A merge of a U-Net gets its shortcut from outside as well, but has computed it from an input of its own.
         """
-        chain: list[fx.Node] = []
+        linears = 0
         for node in self._chain(shortcut, _CHAIN | _LIGHT | {Kind.LINEAR}):
-            if chain and len(node.users) > 1 and self.reach.is_ancestor(node, branch):
-                heavier = self._weight(node, branch) > self._weight(node, shortcut)
-                enters = node.op == "placeholder" or not self._in_call(add, [node])
-                block = heavier and enters and self._is_light(node, shortcut) and self._in_call(add, chain)
+            inside = self._in_call(add, [node])
+            if node is not shortcut and len(node.users) > 1 and self.reach.is_ancestor(node, branch):
+                enters = node.op == "placeholder" or not inside
+                block = enters and self._weight(node, branch) > self._weight(node, shortcut) and self._is_light(node, shortcut)
                 if block and self._in_call(add, self.reach.region(node, branch)):
                     return self._residual(add, branch, shortcut, node, "projection")
                 return None
-            chain.append(node)
-            if sum(self.kinds[passed] is Kind.LINEAR for passed in chain) > 1:
+            linears += self.kinds[node] is Kind.LINEAR
+            if linears > 1 or not inside:
                 return None
         return None
 
@@ -286,6 +289,19 @@ class _Finder:
             if passed not in self.accepted:
                 return
             node = self.fork_of[passed]
+
+    def _origin(self, node: fx.Node) -> fx.Node:
+        """What the `_chain` of an identity ends in, or what that comes from, where a sum that was accepted once is so no more."""
+        passed = []
+        while node not in self.origins:
+            passed.append(node)
+            before = next(islice(self._single_inputs(node, _CHAIN), 1, None), None) or self.fork_of.get(node)
+            if before is None:
+                self.origins[node] = node
+            else:
+                node = before
+        self.origins.update(dict.fromkeys(passed, self.origins[node]))
+        return self.origins[node]
 
     def _single_inputs(self, node: fx.Node, through: set[Kind]) -> Iterator[fx.Node]:
         yield node

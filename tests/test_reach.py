@@ -275,6 +275,16 @@ def reading_streams(flow: Flow, n: int) -> int:
     return 4 * n
 
 
+def ladder(flow: Flow, n: int) -> int:
+    """Two streams that have nothing in common, and after each of their blocks a sum of both."""
+    x, y, sums = flow.input(), flow.input(), []
+    for i in range(n):
+        x, y = flow.add(x, flow.light(x), f"left.{i}"), flow.add(y, flow.light(y), f"right.{i}")
+        sums.append(flow.add(x, y))
+    flow.op(Kind.JOIN, *sums)
+    return 2 * n
+
+
 def calls(work: Callable[[], Any]) -> int:
     """How many functions `work` calls: what it costs, the same on every machine."""
     count = 0
@@ -308,6 +318,7 @@ def calls(work: Callable[[], Any]) -> int:
         shared_constant,
         two_streams,
         reading_streams,
+        ladder,
     ],
 )
 def test_the_work_of_finding_sites_and_depths_grows_with_the_graph_and_not_its_square(shape: Callable[[Flow, int], int]):
