@@ -53,7 +53,7 @@ def no_sites() -> nn.Module:
 @pytest.fixture
 def fast(tool: ModuleType, monkeypatch: pytest.MonkeyPatch):
     """Without the collections of garbage, which take most of the time where little is measured."""
-    monkeypatch.setattr(tool.gc, "collect", lambda: 0)
+    monkeypatch.setattr(tool.measuring.gc, "collect", lambda: 0)
 
 
 def run(tool: ModuleType, *argv: object) -> int:
@@ -125,7 +125,7 @@ def test_building_a_graph_takes_no_part_in_its_time(tool: ModuleType, monkeypatc
         return 1.0
 
     monkeypatch.setitem(tool.growing.GRAPHS, "fan", built)
-    monkeypatch.setattr(tool, "milliseconds", timed)
+    monkeypatch.setattr(tool.measuring, "milliseconds", timed)
     row = tool.measure_growth("fan", 5, 2, lambda text: None)
     assert ran == ["build 8", "build 5", *["time", "stop"] * 4]
     assert (row.graph, row.size, row.nodes, row.sites, row.ratio) == ("fan", 5, 32, 5, 1.0)
@@ -134,12 +134,12 @@ def test_building_a_graph_takes_no_part_in_its_time(tool: ModuleType, monkeypatc
 def test_calls_take_turns_and_the_first_round_does_not_count(tool: ModuleType, monkeypatch: pytest.MonkeyPatch):
     ran: list[str] = []
     clock = iter([10.0, 500.0, 1.0, 3.0, 2.0, 4.0, 4.0, 20.0])
-    monkeypatch.setattr(tool, "milliseconds", lambda work: (work(), next(clock))[1])
-    times, failures = tool.in_turns({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, 3, 1, lambda text: None)
+    monkeypatch.setattr(tool.measuring, "milliseconds", lambda work: (work(), next(clock))[1])
+    times, failures = tool.measuring.in_turns({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, 3, 1, lambda text: None)
     assert ran == ["a", "b"] * 4
     assert times == {"a": [1.0, 2.0, 4.0], "b": [3.0, 4.0, 20.0]}
     assert failures == ()
-    assert tool._ratio(times["b"], times["a"]) == 3.0, "the median of 3, 2 and 5"
+    assert tool.measuring.ratio(times["b"], times["a"]) == 3.0, "the median of 3, 2 and 5"
 
 
 @pytest.mark.usefixtures("fast")
@@ -151,7 +151,7 @@ def test_work_that_fails_is_named_and_leaves_the_others_alone(tool: ModuleType):
         if len(ran) == 3:
             raise ValueError("no\nway")
 
-    times, failures = tool.in_turns({"a": stop, "b": list}, 4, 1, lambda text: None)
+    times, failures = tool.measuring.in_turns({"a": stop, "b": list}, 4, 1, lambda text: None)
     assert failures == ("a: ValueError: no way",)
     assert len(ran) == 3, "it is not tried again"
     assert times["a"] == [], "nor do its earlier rounds count"
@@ -217,7 +217,7 @@ def test_a_given_shape_is_for_models_whose_name_does_not_tell(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, shape: tuple[int, ...]
 ):
     timed: list[tuple[object, ...]] = []
-    monkeypatch.setattr(tool, "milliseconds", lambda work: timed.append((work.func, work.keywords.get("example_inputs"))) or 1.0)
+    monkeypatch.setattr(tool.measuring, "milliseconds", lambda work: timed.append((work.func, work.keywords.get("example_inputs"))) or 1.0)
     tool.measure_model(name, Net(), 1, [5, 4], lambda text: None)
     assert [call for call, _ in timed] == [fx.symbolic_trace, fxsd.transform, fxsd.transform] * 2
     assert [given and given[0].shape for _, given in timed] == [None, None, shape] * 2
@@ -271,7 +271,7 @@ def test_errors_are_one_line_with_exit_code_2_before_anything_is_timed(
     capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tool, "milliseconds", lambda work: pytest.fail("it measured"))
+    monkeypatch.setattr(tool.measuring, "milliseconds", lambda work: pytest.fail("it measured"))
     assert run(tool, "transform", *argv) == 2
     shown = capsys.readouterr()
     assert message in shown.err
@@ -289,14 +289,14 @@ def test_a_command_line_that_makes_no_sense_ends_with_exit_code_2(tool: ModuleTy
 
 def test_garbage_is_collected_before_the_clock_starts(tool: ModuleType, monkeypatch: pytest.MonkeyPatch):
     ran: list[str] = []
-    monkeypatch.setattr(tool.gc, "collect", lambda: ran.append("collect"))
-    monkeypatch.setattr(tool.time, "perf_counter", lambda: ran.append("clock") or 0.0)
-    assert tool.milliseconds(lambda: ran.append("work")) == 0.0
+    monkeypatch.setattr(tool.measuring.gc, "collect", lambda: ran.append("collect"))
+    monkeypatch.setattr(tool.measuring.time, "perf_counter", lambda: ran.append("clock") or 0.0)
+    assert tool.measuring.milliseconds(lambda: ran.append("work")) == 0.0
     assert ran == ["collect", "clock", "work", "clock"]
 
 
 def test_what_is_timed_sees_no_terminal(tool: ModuleType, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     seen: list[bool] = []
-    assert tool.milliseconds(lambda: seen.append(sys.stderr.isatty())) >= 0
+    assert tool.measuring.milliseconds(lambda: seen.append(sys.stderr.isatty())) >= 0
     assert seen == [False]

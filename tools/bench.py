@@ -7,30 +7,21 @@ The second is over graphs that grow: where the time is linear in their size, ms 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
-import platform
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import growing
+import measuring
 import torch
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
+from subjects import build, example_shape
 from torch import fx, nn
-from visualize import load
 
 import fxsd
 from fxsd import FxsdError
@@ -94,22 +85,22 @@ def transform(args: argparse.Namespace) -> None:
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise FxsdError(f"--json must be a file in a folder that exists, but got {args.json!r}.")
     for name in args.model or ():  # a wrong name shows before minutes are spent on the others
-        _build(name)
+        build(name)
     rows, growth = [], []
-    with _progress(len(names)) as say:
+    with measuring.progress(len(names)) as say:
         for name in names:
             say(f"building {name}")
-            rows.append(measure_model(name, _build(name), repeats, args.shape, say))
+            rows.append(measure_model(name, build(name), repeats, args.shape, say))
             say(name, done=1)
     _show_models(rows)
-    with _progress(len(sizes)) as say:
+    with measuring.progress(len(sizes)) as say:
         for graph, size in sizes:
             growth.append(measure_growth(graph, size, args.growth_repeats, say))
             say(graph, done=1)
     _show_growth(growth)
     if args.json:
         settings = {"command": "transform", "models": names, "repeats": repeats, "shape": args.shape, "growth_repeats": args.growth_repeats}
-        figures = {"machine": machine(), "settings": settings, "models": [*map(asdict, rows)], "growth": [*map(asdict, growth)]}
+        figures = {"machine": measuring.machine(), "settings": settings, "models": [*map(asdict, rows)], "growth": [*map(asdict, growth)]}
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
@@ -124,10 +115,10 @@ def measure_model(name: str, model: nn.Module, repeats: int, shape: Sequence[int
     call = fxsd.analyze if sites == 0 else fxsd.transform
     works: dict[str, Callable[[], object]] = {TRACE: partial(fx.symbolic_trace, model)}
     works |= {label: partial(call, model, **options) for label, options in given.items()}
-    times, failures = in_turns(works, repeats, 1, lambda text: say(f"{name}: {text}"))
+    times, failures = measuring.in_turns(works, repeats, 1, lambda text: say(f"{name}: {text}"))
     trace, plain, example = (times.get(label, []) for label in (TRACE, PLAIN, EXAMPLE))
-    medians = _median(trace), _median(plain), _median(example)
-    return ModelRow(name, nodes, sites, *medians, _ratio(plain, trace), _ratio(example, trace), failures)
+    medians = measuring.medianed(trace), measuring.medianed(plain), measuring.medianed(example)
+    return ModelRow(name, nodes, sites, *medians, measuring.ratio(plain, trace), measuring.ratio(example, trace), failures)
 
 
 def measure_growth(graph: str, size: int, repeats: int, say: Callable[[str], None]) -> GrowthRow:
@@ -137,7 +128,7 @@ def measure_growth(graph: str, size: int, repeats: int, say: Callable[[str], Non
         FxsdError: one of the two fails, which it never should.
     """
     small = growing.GRAPHS[graph](8)  # the first call of a process pays for imports
-    with _quiet():
+    with measuring.quiet():
         fx.symbolic_trace(small)
         fxsd.transform(small)
     say(f"building {graph} {size:,}")
@@ -151,7 +142,7 @@ def measure_growth(graph: str, size: int, repeats: int, say: Callable[[str], Non
         return gm
 
     works: dict[str, Callable[[], object]] = {TRACE: partial(fx.symbolic_trace, model), PLAIN: work}
-    times, failures = in_turns(works, repeats, 0, lambda text: say(f"{graph} {size:,}: {text}"))
+    times, failures = measuring.in_turns(works, repeats, 0, lambda text: say(f"{graph} {size:,}: {text}"))
     if failures:
         raise FxsdError(f"{graph} of size {size}: {'; '.join(failures)}")
     found = fxsd.sites(results[0])
@@ -162,71 +153,10 @@ def measure_growth(graph: str, size: int, repeats: int, say: Callable[[str], Non
     return GrowthRow(graph, size, nodes, sites, trace, own, own / nodes, ratio)
 
 
-def in_turns(
-    works: Mapping[str, Callable[[], object]], repeats: int, warm_ups: int, say: Callable[[str], None]
-) -> tuple[dict[str, list[float]], tuple[str, ...]]:
-    """Runs `works` in turns, `repeats` rounds after `warm_ups` that do not count.
-
-    Returns:
-        label -> ms a round, none for work that fails; and a sentence for each work that fails.
-    """
-    times: dict[str, list[float]] = {label: [] for label in works}
-    failed: dict[str, str] = {}
-    for turn in range(warm_ups + repeats):
-        for label, work in works.items():
-            if label in failed:
-                continue
-            say(f"round {turn + 1} of {warm_ups + repeats}, {label}")
-            try:
-                ms = milliseconds(work)
-            except Exception as error:  # tracing runs the model's own code
-                failed[label] = f"{label}: {_line(error)}"
-                times[label] = []
-                continue
-            if turn >= warm_ups:
-                times[label].append(ms)
-    return times, tuple(failed.values())
-
-
-def milliseconds(work: Callable[[], object]) -> float:
-    """How long `work` takes, without letting go of its result. Garbage of earlier work is collected before."""
-    gc.collect()
-    with _quiet():
-        began = time.perf_counter()
-        result = work()
-        taken = time.perf_counter() - began
-    del result
-    return taken * 1e3
-
-
-def example_shape(name: str, model: nn.Module) -> tuple[int, ...] | None:
-    """The shape of an input for two samples; None where the name of the model does not tell."""
-    source, _, item = name.partition(":")
-    if source == "timm":
-        size: Any = getattr(model, "default_cfg", {}).get("input_size")
-        return size and (2, *size)
-    if source != "torchvision":
-        return None
-    from torchvision import models
-
-    if item in models.list_models(models.video):
-        side = 224 if item.startswith(("mvit", "s3d")) else 112
-        return 2, 3, 16, side, side
-    if item in (*models.list_models(models.detection), *models.list_models(models.optical_flow)):
-        return None  # they take lists of images, or two at a time
-    side = 299 if item.startswith("inception") else 224
-    return 2, 3, side, side
-
-
-def _build(name: str) -> nn.Module:
-    with _quiet():
-        return load(name)
-
-
 def _look(model: nn.Module, ways: Sequence[dict[str, Any]]) -> tuple[int | None, int | None]:
     """Nodes of the captured graph, or of the traced one where no add leads to it, and sites, for the first way in which capture works."""
     for options in ways:
-        with _quiet():
+        with measuring.quiet():
             try:
                 found = fxsd.analyze(model, **options)
             except FxsdError:
@@ -241,99 +171,30 @@ def _look(model: nn.Module, ways: Sequence[dict[str, Any]]) -> tuple[int | None,
     return None, None
 
 
-def _median(times: Sequence[float]) -> float | None:
-    return median(times) if times else None
-
-
-def _ratio(times: Sequence[float], base: Sequence[float]) -> float | None:
-    return median(a / b for a, b in zip(times, base, strict=True)) if times and base else None
-
-
 # --- what is shown --------------------------------------------------------------------------------------------------------
 
 
-def machine() -> dict[str, object]:
-    """What the figures were measured on."""
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fxsd": fxsd.__version__,
-    }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
-
-
 def _show_models(rows: Sequence[ModelRow]) -> None:
-    table = _table("Models: ms, and times symbolic_trace", "model", "nodes", "sites", "trace", "fxsd", "ratio", "with inputs", "ratio")
+    table = measuring.table(
+        "Models: ms, and times symbolic_trace", "model", "nodes", "sites", "trace", "fxsd", "ratio", "with inputs", "ratio"
+    )
     for r in rows:
         figures = (r.nodes, r.sites, r.trace_ms, r.fxsd_ms, r.ratio, r.fxsd_example_ms, r.ratio_example)
-        table.add_row(r.model, *(_figure(f) for f in figures))
+        table.add_row(r.model, *(measuring.figure(f) for f in figures))
     notes = ["A model without sites is analyzed: there is nothing to rewrite."] if any(r.sites == 0 for r in rows) else []
-    _print(table, *(Text(note) for note in (*notes, *(f"{r.model}: {failure}" for r in rows for failure in r.failures))))
+    measuring.show(table, *(Text(note) for note in (*notes, *(f"{r.model}: {failure}" for r in rows for failure in r.failures))))
 
 
 def _show_growth(rows: Sequence[GrowthRow]) -> None:
     if not rows:
         return
-    table = _table("Growth: ms, and times symbolic_trace", "graph", "size", "nodes", "sites", "trace", "fxsd", "fxsd / node", "ratio")
+    table = measuring.table(
+        "Growth: ms, and times symbolic_trace", "graph", "size", "nodes", "sites", "trace", "fxsd", "fxsd / node", "ratio"
+    )
     for r in rows:
         figures = (r.size, r.nodes, r.sites, r.trace_ms, r.fxsd_ms)
-        table.add_row(r.graph, *(_figure(f) for f in figures), f"{r.fxsd_ms_per_node:.3f}", _figure(r.ratio))
-    _print(table)
-
-
-def _print(*parts: RenderableType) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for part in parts:
-        console.print(part)
-
-
-def _table(title: str, first: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first, overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _figure(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) <= 160 else text[:157] + '...'}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings, and standard error is no terminal: fxsd then starts no spinner, which would take time from what is measured."""
-    with warnings.catch_warnings(), redirect_stderr(StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[..., None]]:
-    """A bar on a terminal's standard error, drawn between the timed calls and by no thread of its own. Gives `say(text, done=0)`."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    hidden = not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, redirect_stderr=False, transient=True, disable=hidden) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda text, done=0: bar.update(task, description=text, advance=done, refresh=True)
+        table.add_row(r.graph, *(measuring.figure(f) for f in figures), f"{r.fxsd_ms_per_node:.3f}", measuring.figure(r.ratio))
+    measuring.show(table)
 
 
 # --- the command line -----------------------------------------------------------------------------------------------------
