@@ -1,6 +1,7 @@
-"""Measures fxsd: `python tools/bench.py transform` times capture, detection and rewriting against `torch.fx.symbolic_trace` alone.
+"""Measures fxsd: `python tools/bench.py COMMAND`.
 
-The first table is over whole models: the calls take turns in one process, and a ratio is the median of the ratios of the rounds.
+`transform` times capture, detection and rewriting against `torch.fx.symbolic_trace` alone. `step` and `op`, which are in commands.py,
+measure training. The first table of `transform` is over whole models: the calls take turns in one process, and a ratio is the median of the ratios of the rounds.
 The second is over graphs that grow: where the time is linear in their size, ms per node stays the same from row to row.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 import growing
 import measuring
 import torch
+from commands import add_op, add_step, positive, shape
 from rich.text import Text
 from subjects import build, example_shape
 from torch import fx, nn
@@ -219,20 +221,12 @@ def _sizes(args: argparse.Namespace) -> list[tuple[str, int]]:
     return [("chain", n) for n in chains] + [(graph, n) for graph in ("fan", "nest") for n in merges]
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, but got {text!r}")
-    return int(text)
-
-
-def _shape(text: str) -> list[int]:
-    return [_positive(part) for part in text.split("x")]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench", description="Measures fxsd.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_transform(commands.add_parser("transform", help="the time of fxsd.transform against torch.fx.symbolic_trace alone"))
+    add_step(commands.add_parser("step", help="time and memory of a training step against the model without stochastic depth"))
+    add_op(commands.add_parser("op", help="the time of x + drop(branch) against a plain add"))
     return parser
 
 
@@ -242,19 +236,19 @@ def _add_transform(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", action="append", help=names)
     parser.add_argument("--zoo", action="store_true", help="all torchvision classification models")
     parser.add_argument(
-        "--shape", metavar="2x3x224x224", type=_shape, help="of the example input, where the name of the model does not tell"
+        "--shape", metavar="2x3x224x224", type=shape, help="of the example input, where the name of the model does not tell"
     )
-    parser.add_argument("--repeats", metavar="N", type=_positive, help="rounds over a model, after one that does not count; default 7")
+    parser.add_argument("--repeats", metavar="N", type=positive, help="rounds over a model, after one that does not count; default 7")
     parser.add_argument("--quick", action="store_true", help="fewer models, smaller graphs and 2 rounds: half a minute")
     parser.add_argument("--json", metavar="FILE", help="writes all figures, with the machine and the settings")
     growth = parser.add_argument_group("graphs that grow")
     growth.add_argument(
-        "--chain", metavar="N", type=_positive, nargs="*", help="blocks in series; default 5000 10000 20000, '--chain' for none"
+        "--chain", metavar="N", type=positive, nargs="*", help="blocks in series; default 5000 10000 20000, '--chain' for none"
     )
     growth.add_argument(
-        "--merges", metavar="N", type=_positive, nargs="*", help="of wide graphs; default 500 1000 2000, '--merges' for none"
+        "--merges", metavar="N", type=positive, nargs="*", help="of wide graphs; default 500 1000 2000, '--merges' for none"
     )
-    growth.add_argument("--growth-repeats", metavar="N", type=_positive, default=1, help="rounds over each; default 1")
+    growth.add_argument("--growth-repeats", metavar="N", type=positive, default=1, help="rounds over each; default 1")
 
 
 if __name__ == "__main__":

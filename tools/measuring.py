@@ -44,7 +44,8 @@ def in_turns(
     times: dict[str, list[float]] = {label: [] for label in works}
     failed: dict[str, str] = {}
     for turn in range(warm_ups + repeats):
-        for label, work in works.items():
+        first = turn % max(len(works), 1)  # what runs after what changes from round to round
+        for label, work in [*works.items()][first:] + [*works.items()][:first]:
             if label in failed:
                 continue
             say(f"round {turn + 1} of {warm_ups + repeats}, {label}")
