@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,8 @@ def step(args: argparse.Namespace) -> None:
             for mode in _modes(args):
                 setting = Setting(torch.device(args.device), mode, args.compile or "", args.rounds, args.draws, args.scaling)
                 for rate in rates:
-                    own += measure(
-                        name,
-                        model,
-                        (batch, *shape),
-                        rate,
-                        args.variant or LABELS,
-                        setting,
-                        lambda text, rate=rate: say(f"{name} {rate}: {text}"),  # type: ignore[misc]
-                    )
+                    told = partial(_tell, say, f"{name} {rate}")
+                    own += measure(name, model, (batch, *shape), rate, args.variant or LABELS, setting, told)
                     say(name, done=1)
                 if args.break_even:
                     crossings.append(break_even(name, model, (batch, *shape), args.break_even, setting, say))
@@ -73,6 +67,10 @@ def op(args: argparse.Namespace) -> None:
     _write(args, {"rows": [*map(asdict, rows)]})
 
 
+def _tell(say: Callable[[str], None], where: str, text: str) -> None:
+    say(f"{where}: {text}")
+
+
 def _check(args: argparse.Namespace) -> None:
     for option in ("json", "plot"):
         target = getattr(args, option, None)
@@ -98,12 +96,11 @@ def _modes(args: argparse.Namespace) -> tuple[str, ...]:
 def _write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     if not args.json:
         return
-    settings = {key: [*map(str, value)] if key == "rate" and isinstance(value, list) else value for key, value in vars(args).items()}
-    settings["command"] = settings.pop("run").__name__
+    settings = {"command": args.run.__name__, **{key: value for key, value in vars(args).items() if key != "run"}}
     machine = measuring.machine()
     if args.device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
-    text = json.dumps({"machine": machine, "settings": settings, **figures}, indent=2)
+    text = json.dumps({"machine": machine, "settings": settings, **figures}, indent=2, default=str)
     Path(args.json).write_text(text + "\n", encoding="utf-8")
 
 

@@ -108,7 +108,7 @@ class Step:
         if self.drop_rate is not None:
             fxsd.set_drop_rate(self.module, self.drop_rate)
         if self.x.is_cuda:
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return self
 
 
