@@ -219,8 +219,8 @@ def test_a_given_shape_is_for_models_whose_name_does_not_tell(
     timed: list[tuple[object, ...]] = []
     monkeypatch.setattr(tool.measuring, "milliseconds", lambda work: timed.append((work.func, work.keywords.get("example_inputs"))) or 1.0)
     tool.measure_model(name, Net(), 1, [5, 4], lambda text: None)
-    assert [call for call, _ in timed] == [fx.symbolic_trace, fxsd.transform, fxsd.transform] * 2
-    assert [given and given[0].shape for _, given in timed] == [None, None, shape] * 2
+    calls = [(fx.symbolic_trace, None), (fxsd.transform, None), (fxsd.transform, shape)]
+    assert [(call, given and given[0].shape) for call, given in timed] == [*calls, *calls[1:], calls[0]]
 
 
 @pytest.mark.parametrize(
@@ -300,3 +300,61 @@ def test_what_is_timed_sees_no_terminal(tool: ModuleType, monkeypatch: pytest.Mo
     seen: list[bool] = []
     assert tool.measuring.milliseconds(lambda: seen.append(sys.stderr.isatty())) >= 0
     assert seen == [False]
+
+
+@pytest.mark.usefixtures("fast")
+def test_step_writes_its_rows_and_a_picture(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    target, picture = tmp_path / "step.json", tmp_path / "step.png"
+    threads = torch.get_num_threads()
+    options = ("--shape", 4, "--batch", 6, "--rounds", 2, "--draws", 1, "--threads", threads, "--json", target, "--plot", picture)
+    name = f"{__name__}:Net"
+    rates = ("--rate", "uniform:.5", "--rate", "linear:.4", "--break-even", 0.2, 0.7)
+    assert run(tool, "step", "--model", name, *rates, "--variant", "fxsd skip", "--variant", "torchvision", *options) == 0
+    figures = json.loads(target.read_text())
+    assert figures["machine"]["torch"] == torch.__version__
+    assert figures["settings"]["rate"] == ["uniform:0.5", "linear:0.4"]
+    labels = ["base", "fxsd skip", "torchvision"]
+    assert [(row["rate"], row["variant"]) for row in figures["rows"]] == [(r, v) for r in ("uniform:0.5", "linear:0.4") for v in labels]
+    assert {row["failure"] for row in figures["rows"]} == {None}
+    assert {(row["model"], row["batch"], row["mode"]) for row in figures["rows"]} == {(name, 6, "eager")}
+    assert [crossing["rates"] for crossing in figures["break_even"]] == [[0.2, 0.7]]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr()
+    assert "fxsd skip" in shown.out
+    assert "Break-even" in shown.out
+    assert shown.err == ""
+
+
+@pytest.mark.usefixtures("fast")
+def test_op_has_a_row_for_each_op_and_layout(tool: ModuleType, tmp_path: Path):
+    target = tmp_path / "op.json"
+    threads = torch.get_num_threads()
+    assert run(tool, "op", "--rounds", 1, "--times", 1, "--threads", threads, "--json", target) == 0
+    found = json.loads(target.read_text())["rows"]
+    layouts = ["[B, C, H, W]", "[B, C, H, W] channels_last", "[B, N, C]"]
+    assert [(row["shape"], row["op"]) for row in found] == [
+        (layout, op) for layout in layouts for op in ("base", "fxsd mask", "timm DropPath", "torchvision")
+    ]
+    assert min(row["ratio"] for row in found) > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", f"{__name__}:Net"], "--shape must say the shape of a sample"),
+        (["--model", "vti"], "MODEL must be torchvision:NAME"),
+        (["--plot", "no/such/folder/x.png"], "--plot must be a file in a folder that exists"),
+    ],
+)
+def test_step_says_in_one_line_what_it_needs(tool: ModuleType, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert run(tool, "step", "--threads", torch.get_num_threads(), *argv) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("rate", ["uniform", "uniform:2", "unifrom:.5"])
+def test_a_rate_is_a_distribution_and_a_number(tool: ModuleType, rate: str):
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(["step", "--rate", rate])

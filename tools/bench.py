@@ -1,7 +1,8 @@
 """Measures fxsd: `python tools/bench.py COMMAND`.
 
-`transform` times capture, detection and rewriting against `torch.fx.symbolic_trace` alone. Its first table is over whole models: the calls
-take turns in one process, and a ratio is the median of the ratios of the rounds. The second is over graphs that grow: where the time is linear in their size, ms per node stays the same from row to row.
+`transform` times capture, detection and rewriting against `torch.fx.symbolic_trace` alone. Its first table is over whole models: the
+calls take turns in one process, and a ratio is the median of the ratios of the rounds. The second is over graphs that grow: where the
+time is linear in their size, ms per node stays the same from row to row.
 
 `step` and `op` measure training; they are in commands.py.
 """

@@ -14,7 +14,7 @@ from fxsd import FxsdError
 
 SMALL: Mapping[str, tuple[Callable[[], nn.Module], int]] = {  # name -> builder, and the side of an image that is quick on a CPU
     "vit": (lambda: models.VisionTransformer(96, 8, 12, 3, 192, 768, num_classes=10), 96),
-    "swin_t": (lambda: models.swin_t(weights=None, stochastic_depth_prob=0.0), 112),
+    "swin_t": (lambda: models.SwinTransformer([4, 4], 96, [2, 2, 6, 2], [3, 6, 12, 24], [7, 7], stochastic_depth_prob=0.0), 112),
     "convnext_tiny": (lambda: models.convnext_tiny(weights=None, stochastic_depth_prob=0.0), 96),
     "resnet50": (lambda: models.resnet50(weights=None), 96),
 }
