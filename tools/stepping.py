@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -166,11 +166,14 @@ class Compiler:
 
     def __call__(self, label: str, module: nn.Module, x: Tensor) -> nn.Module:
         """Compiles a module by a first step."""
-        from torch._inductor.utils import fresh_cache
+        empty: Any = nullcontext()
+        if self.setting.backend == "inductor":
+            from torch._inductor.utils import fresh_cache
 
+            empty = fresh_cache()
         mode = GRAPHS if self.setting.mode == GRAPHS else None
         compiled: Any = torch.compile(module, fullgraph=True, backend=self.setting.backend, mode=mode)
-        with quiet(), fresh_cache(), self.counting(label):
+        with quiet(), empty, self.counting(label):
             step = Step(compiled, x).ready()
             began = time.perf_counter()
             step()
@@ -282,9 +285,8 @@ def _compiled(
 ) -> dict[str, Step]:
     """Compiles each module. What cannot be compiled is added to `failures`."""
     torch.compiler.reset()
-    if compiler.setting.backend == "inductor":
-        say("the first compilation of the process")
-        Compiler(compiler.setting)("", nn.Linear(2, 2).to(x.device), torch.randn(2, 2, device=x.device))
+    say("the first compilation of the process")  # it pays for imports
+    Compiler(compiler.setting)("", nn.Linear(2, 2).to(x.device), torch.randn(2, 2, device=x.device))
     steps = {}
     for label, module in modules.items():
         say(f"compiling {label}")
