@@ -42,7 +42,7 @@ class Region:
 
     Attributes:
         nodes: those of the branch that come from the fork, in graph order; they run on the kept rows.
-        entries: tensors from outside, of which the kept rows are taken.
+        entries: tensors from outside, of which the kept rows are taken; the fork is the first.
         counts: whole numbers from outside that are so many times the number of rows.
         work: FLOPs of the branch for each value that it adds.
         least_rows: how many rows it needs: 0, 1, or 2 for batch statistics.
@@ -145,8 +145,9 @@ class Batch:
         inside = set(nodes)
         outside = list(dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside))
         entries, counts = self._entries(residual, outside)
-        if not entries:
-            raise Illegal("nothing that enters the branch has the batch in dim 0")
+        if residual.fork not in entries:
+            raise Illegal(f"{residual.fork.name}, which its branch comes from, has not the batch in dim 0 as the branch has")
+        entries.sort(key=lambda entry: entry is not residual.fork)  # it tells the batch: a mask may have one row for all
         self._check_users(residual, inside)
         self._check_writes(residual, nodes, outside, entries)
         probe = _Probe(self.module, self.values[0], residual, nodes, outside, set(entries), counts)
@@ -172,7 +173,15 @@ class Batch:
                 if plain and user not in found and found.issuperset(user.all_input_nodes):
                     found.add(user)
                     stack.append(user)
-        return sorted(found, key=self.index.__getitem__)
+        nodes = sorted(found, key=self.index.__getitem__)
+        # Sizes of the fork that are used elsewhere too, as those that are read once at the top of a model, stay outside.
+        sizes: set[fx.Node] = set()
+        for node in nodes:
+            if not isinstance(self.values[0][node], Tensor) and sizes.issuperset(found.intersection(node.all_input_nodes)):
+                sizes.add(node)
+        if any(user not in found for node in sizes for user in node.users):
+            found -= sizes
+        return [node for node in nodes if node in found]
 
     def _back(self, end: fx.Node, start: fx.Node) -> set[fx.Node]:
         """`end` and what it comes from, as far as it lies behind `start` in the graph."""
@@ -299,7 +308,7 @@ class _Probe:
 
     def _mixes(self, draws: _NoDraws) -> str:
         """Says how its rows depend on each other, if they do."""
-        some = torch.tensor([2, 0])
+        some = torch.tensor([1, 0])  # no way to mix three samples looks right on these and leaves the last one out of it
         with draws:
             try:
                 before = {node: _copied(value) for node, value in self.given.items()}
@@ -375,19 +384,22 @@ class _NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if given.get("training", given.get("train")):
                 self.batch_norm = True
                 if self.fixed_statistics:
-                    zeros = args[0].new_zeros(args[0].shape[1], dtype=torch.float32)
+                    zeros = args[0].new_zeros(args[0].shape[1], dtype=torch.promote_types(args[0].dtype, torch.float32))
                     ones = torch.ones_like(zeros)
-                    weight, bias, eps = given.get("weight"), given.get("bias"), given["eps"]
-                    return torch.ops.aten.native_batch_norm(args[0], weight, bias, zeros, ones, False, 0.0, eps)
+                    weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps", given.get("epsilon"))
+                    found = torch.ops.aten.native_batch_norm(args[0], weight, bias, zeros, ones, False, 0.0, eps)
+                    return *found, *(zeros for _ in func._schema.returns[len(found) :])
         if name.startswith("_scaled_dot_product") or "attention_forward" in name:
             place = next((i for i, a in enumerate(arguments) if a.name == "dropout_p"), None)
             if place is not None and place < len(args):
                 args = (*args[:place], 0.0, *args[place + 1 :])
             return func(*args, **{k: v for k, v in kwargs.items() if k != "dropout_p"})
+        if name == "bernoulli":
+            return args[0].clone()  # what the probabilities depend on
         result = func(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags and isinstance(result, Tensor):
-            written_to = any(a.alias_info is not None and a.alias_info.is_write for a in arguments)
-            if written_to or not any(isinstance(arg, Tensor) for arg in args) or name in ("bernoulli", "rand_like", "randn_like"):
+            drawn = result is args[0] if args and isinstance(args[0], Tensor) else not any(isinstance(arg, Tensor) for arg in args)
+            if drawn or name in ("rand_like", "randn_like"):
                 result.fill_(1)
         return result
 
@@ -415,7 +427,7 @@ def _real(module: nn.Module, node: fx.Node, value: Any, rows: int | None, genera
         found: Any = module
         for name in str(node.target).split("."):
             found = getattr(found, name, value)
-        return _awake(found.detach()) if isinstance(found, Tensor) else found
+        return _awake(found.detach()).clone() if isinstance(found, Tensor) else found
     if not isinstance(value, Tensor):
         return torch.utils._pytree.tree_map_only(Tensor, lambda leaf: _random(leaf, None, generator), value)
     return _random(value, rows, generator)

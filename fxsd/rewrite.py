@@ -170,17 +170,20 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
     fused = is_plain_add(add) and len(sides) == 1
     with graph.inserting_before(nodes[0]):
         rows = graph.call_module(target, (retired.get(region.entries[0], region.entries[0]),))
-        for entry in dict.fromkeys(retired.get(entry, entry) for entry in region.entries):
+    taken = []
+    for entry in dict.fromkeys(retired.get(entry, entry) for entry in region.entries):
+        with graph.inserting_before(next(node for node in nodes if entry in node.all_input_nodes)):  # it may be computed after `rows`
             if fused and entry is sides[0]:
                 both = graph.call_function(fork, (entry, rows))
                 sides = [graph.call_function(operator.getitem, (both, 0))]
-                kept = graph.call_function(operator.getitem, (both, 1))
+                taken.append(graph.call_function(operator.getitem, (both, 1)))
             else:
-                kept = graph.call_function(take, (entry, rows))
-            for node in nodes:
-                node.replace_input_with(entry, kept)
+                taken.append(graph.call_function(take, (entry, rows)))
+        for node in nodes:
+            node.replace_input_with(entry, taken[-1])
+    with graph.inserting_before(taken[0].next):
         for number, times in region.counts.items():
-            count = graph.call_function(operator.mul, (graph.call_method("size", (kept, 0)), times))
+            count = graph.call_function(operator.mul, (graph.call_method("size", (taken[0], 0)), times))
             for node in nodes:
                 node.replace_input_with(number, count)
     _mark(rows, residual, retired)

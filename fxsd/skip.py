@@ -211,7 +211,7 @@ def _empty_like(like: Tensor, rows: int) -> tuple[Tensor, list[int]]:
 
     It is no view, so that what comes after may write into it.
     """
-    steps = like.stride()
+    steps = like.stride() if 0 not in like.stride() else [0] * like.dim()  # expanded: contiguous, as an add of it is
     order = sorted(range(like.dim()), key=lambda dim: (-steps[dim], dim))
     strides, size = [0] * like.dim(), 1
     shape = (rows, *like.shape[1:])
@@ -253,7 +253,7 @@ class _Fork(torch.autograd.Function):
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(shortcut: Tensor, branch: Tensor, index: Tensor, place: Tensor | None, weight: Tensor | None, branch_first: bool) -> Tensor:
-        like = branch if branch_first else shortcut
+        like = branch if branch_first and branch.shape[0] else shortcut  # an empty branch has lost its format
         return _add_rows(shortcut, index, place, _weighted(branch, weight).to(shortcut.dtype), like)
 
     @staticmethod

@@ -1,0 +1,345 @@
+"""What a site that skips does: the rows it runs, how often, their gradients, and that nothing else changes.
+
+All seeds are fixed. A tolerance of k sigma is k standard deviations of the estimate, from the binomial law.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from draws import at_random, forced
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fxsd
+from fxsd.skip import Rows, SkipStochasticDepth, fork, merge, spread, take
+
+RATES = (0.0, 0.05, 0.3, 0.5, 0.9, 1.0)
+HALF = {"drop_rate": 0.5, "drop_distribution": "uniform", "compute": "skip"}
+WIDTH = 4
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+# --- the rows ---------------------------------------------------------------------------------------------------------------------
+
+
+def kept(op: SkipStochasticDepth, batch: int) -> Tensor:
+    """The factor that each row's branch gets in one call."""
+    rows = op(torch.empty(batch, 0))
+    weight = torch.ones(()) if rows.weight is None else rows.weight
+    return weight.expand(batch) if rows.taken is None else torch.zeros(batch).index_copy(0, rows.taken, weight.expand(len(rows.taken)))
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_each_sample_is_dropped_as_often_as_the_rate_says_at_any_batch_size(rate: float):
+    for batch, least_rows in ((1, 0), (3, 0), (3, 2), (8, 1), (33, 0)):
+        calls = 20_000 // batch if 0 < rate < 1 else 50
+        op = SkipStochasticDepth(rate, least_rows=least_rows)
+        factors = torch.stack([kept(op, batch) for _ in range(calls)])
+        assert set(factors.flatten().tolist()) <= {0.0, 1.0}
+        sigma = math.sqrt(rate * (1 - rate))
+        assert float(factors.mean()) == pytest.approx(1 - rate, abs=3 * sigma / math.sqrt(calls * batch))
+        assert factors.mean(0).tolist() == pytest.approx([1 - rate] * batch, abs=4 * sigma / math.sqrt(calls))
+
+
+@pytest.mark.parametrize(("batch", "rate"), [(8, 0.5), (8, 0.3), (7, 0.5), (33, 0.9), (12, 0.75)])
+def test_the_number_of_rows_is_the_mean_rounded_down_or_up(batch: int, rate: float):
+    op, mean = SkipStochasticDepth(rate), batch * (1 - rate)
+    counts = {int(kept(op, batch).sum()) for _ in range(200)}
+    assert counts == {math.floor(mean), math.ceil(mean)}
+
+
+@pytest.mark.parametrize(("batch", "rate"), [(4, 0.5), (8, 0.25)])
+def test_drops_of_a_site_are_correlated_by_minus_one_over_the_others_and_those_of_two_sites_are_not(batch: int, rate: float):
+    """With K = B q rows kept, cov = K (K - 1) / (B (B - 1)) - q^2 = -q (1 - q) / (B - 1)."""
+    first, second, calls = SkipStochasticDepth(rate), SkipStochasticDepth(rate), 2_500
+    a, b = (torch.stack(found) for found in zip(*((kept(first, batch), kept(second, batch)) for _ in range(calls)), strict=True))
+    within = torch.corrcoef(a.T)[~torch.eye(batch, dtype=torch.bool)]
+    assert float(within.mean()) == pytest.approx(-1 / (batch - 1), abs=1e-3)
+    assert within.tolist() == pytest.approx([-1 / (batch - 1)] * len(within), abs=4.5 / math.sqrt(calls))
+    across = torch.corrcoef(torch.cat((a, b), 1).T)[:batch, batch:]
+    assert across.flatten().tolist() == pytest.approx([0.0] * batch**2, abs=4.5 / math.sqrt(calls))
+
+
+def test_each_pair_of_rows_is_as_likely_as_any_other():
+    op, seen, calls = SkipStochasticDepth(0.5), torch.zeros(5, 5), 4_000
+    for _ in range(calls):
+        factors = kept(op, 5)
+        seen += factors[:, None] * factors
+    pairs = seen[~torch.eye(5, dtype=torch.bool)] / calls
+    expected = 0.5 * (2 / 20 + 6 / 20)  # two or three of five
+    assert pairs.tolist() == pytest.approx([expected] * 20, abs=4.5 * math.sqrt(expected * (1 - expected) / calls))
+
+
+def test_draws_follow_the_seed_and_eval_draws_nothing():
+    op = SkipStochasticDepth(0.5)
+    torch.manual_seed(3)
+    first = [kept(op, 6) for _ in range(3)]
+    torch.manual_seed(3)
+    assert all(torch.equal(a, kept(op, 6)) for a in first)
+    state = torch.get_rng_state()
+    assert op.eval()(torch.empty(6, 2)).taken is None
+    op.train().set_drop_rate(0.0)
+    assert op(torch.empty(6, 2)) == Rows(6)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- one site -----------------------------------------------------------------------------------------------------------------------
+
+
+class Elementwise(nn.Module):
+    """A branch whose bits do not depend on how many rows run with it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 3 + 1).cos()
+
+
+class OneSite(nn.Module):
+    def __init__(self, branch_first: bool = False, branch: nn.Module | None = None) -> None:
+        super().__init__()
+        self.branch_first, self.f = branch_first, Elementwise() if branch is None else branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.branch_first:
+            r = self.f(x)
+            r += x
+            return r
+        return x + self.f(x)
+
+
+LAYOUTS: dict[str, Callable[[int], Tensor]] = {
+    "rows": lambda batch: torch.randn(batch, WIDTH),
+    "tokens": lambda batch: torch.randn(batch, 5, WIDTH),
+    "images": lambda batch: torch.randn(batch, WIDTH, 3, 2),
+    "channels last": lambda batch: torch.randn(batch, WIDTH, 3, 2).to(memory_format=torch.channels_last),
+    "transposed": lambda batch: torch.randn(batch, WIDTH, 5).transpose(1, 2),
+    "strided": lambda batch: torch.randn(2 * batch, 5, 2 * WIDTH)[::2, :, ::2],
+    "batch innermost": lambda batch: torch.randn(5, WIDTH, batch).permute(2, 0, 1),
+    "expanded": lambda batch: torch.randn(batch, 1, WIDTH).expand(batch, 5, WIDTH),
+    "one pixel": lambda batch: torch.randn(batch, WIDTH, 1, 1).to(memory_format=torch.channels_last),
+}
+
+
+def skipping(model: nn.Module, example: Any, **options: Any) -> nn.Module:
+    gm = fxsd.transform(model, **(HALF | {"example_inputs": (example,), "include": "*"} | options))
+    assert {site.compute for site in fxsd.sites(gm)} == {"skip"}, fxsd.sites(gm)
+    return gm
+
+
+@pytest.mark.parametrize("scaling", ["inference", "train"])
+@pytest.mark.parametrize("branch_first", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sample_is_the_shortcut_or_the_shortcut_and_the_branch_bit_for_bit(layout: str, branch_first: bool, scaling: str):
+    model = OneSite(branch_first)
+    gm = skipping(model, LAYOUTS[layout](2), scaling=scaling)
+    for rate in RATES:
+        fxsd.set_drop_rate(gm, rate)
+        scale = 1.0 if scaling == "inference" or rate == 1.0 else float(1.0 / (1.0 - torch.tensor(rate)))
+        for batch in (1, 2, 5):
+            x = LAYOUTS[layout](batch)
+            out, original = gm(x), model(x)
+            assert layout == "batch innermost" or out.stride() == original.stride()
+            added = (out == x + Elementwise()(x) * scale).flatten(1).all(1)
+            assert (added | (out == x).flatten(1).all(1)).all()
+            assert 0 < rate < 1 or set(added.tolist()) == {rate == 0.0}
+        assert gm(LAYOUTS[layout](0)).shape == LAYOUTS[layout](0).shape
+
+
+@pytest.mark.parametrize("scaling", ["inference", "train"])
+@pytest.mark.parametrize("layout", ["tokens", "channels last"])
+def test_evaluation_is_that_of_the_mask(layout: str, scaling: str):
+    x = LAYOUTS[layout](3)
+    made = [
+        fxsd.transform(OneSite(), **(HALF | {"example_inputs": (x,), "include": "*", "scaling": scaling, "compute": c}))
+        for c in ("mask", "skip")
+    ]
+    masked, skipped = (gm.eval()(x) for gm in made)
+    assert torch.equal(masked, skipped)
+    assert torch.equal(skipped, OneSite()(x)) == (scaling == "train")
+
+
+@pytest.mark.parametrize("branch_first", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dropped_samples_have_no_gradient_through_the_branch_and_kept_ones_the_original(layout: str, branch_first: bool):
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.weight).cos()
+
+    gm = skipping(OneSite(branch_first, Weighted()), LAYOUTS[layout](2), scaling="train")
+    table = at_random(1, 0.5)
+    x, weight = LAYOUTS[layout](7).double().requires_grad_(), gm.double().f.weight
+    grad = torch.randn_like(x)
+    with forced(table):
+        out = gm(x)
+    keep = table("0", 7).double().view([-1] + [1] * (x.dim() - 1))
+    expected = x + keep * (x * weight).cos()
+    assert torch.equal(out, expected)
+    for a, b in zip(torch.autograd.grad(out, (x, weight), grad), torch.autograd.grad(expected, (x, weight), grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layout", ["tokens", "images", "channels last", "transposed"])
+def test_gradients_are_those_of_finite_differences_twice(layout: str):
+    gm = skipping(OneSite(), LAYOUTS[layout](2)).double()
+    x = LAYOUTS[layout](4).double().requires_grad_()
+    with forced(at_random(3, 0.5)):
+        assert torch.autograd.gradcheck(gm, (x,), fast_mode=True)
+        assert torch.autograd.gradgradcheck(gm, (x,), fast_mode=True)
+
+
+def test_the_very_input_may_be_written_into_afterwards():
+    class Reused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.act = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 2
+            return self.act(x + self.f(x)) + 1
+
+    gm = skipping(Reused(), torch.randn(2, 3, WIDTH), include=None).double()
+    x = torch.randn(6, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+    with forced(at_random(2)):
+        assert torch.autograd.gradcheck(gm, (x,), fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16", "float64", "half shortcut"])
+def test_dtypes_are_those_of_the_mask(kind: str):
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (self.f(x.float()) if kind == "half shortcut" else self.f(x))
+
+    dtype = {"bfloat16": torch.bfloat16, "float64": torch.float64, "half shortcut": torch.float16}.get(kind, torch.float32)
+    model = Mlp() if kind == "half shortcut" else Mlp().to(dtype)
+    x = torch.randn(6, 3, WIDTH).to(dtype).requires_grad_()
+    results = []
+    for compute in ("mask", "skip"):
+        gm = fxsd.transform(model, **(HALF | {"example_inputs": (x,), "compute": compute}))
+        assert fxsd.sites(gm)[0].compute == compute
+        with forced(at_random(0, 0.5)), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            out = gm(x)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), [x, *model.parameters()])))
+    for masked, skipped in zip(*results, strict=True):
+        assert masked.dtype == skipped.dtype
+        assert masked.stride() == skipped.stride()
+        torch.testing.assert_close(masked, skipped, rtol=2e-2, atol=2e-2)
+
+
+# --- the model around it --------------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.f = nn.LayerNorm(WIDTH), nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(self.norm(x))
+
+
+def mlps(blocks: int = 3) -> nn.Module:
+    return nn.Sequential(*[Block() for _ in range(blocks)])
+
+
+X = (9, 5, WIDTH)
+
+
+def seeded(model: Callable[..., Tensor], x: Tensor, seed: int = 4) -> Tensor:
+    torch.manual_seed(seed)
+    return model(x)
+
+
+def test_with_scaling_in_training_evaluation_is_the_original_and_the_state_dict_too():
+    model, x = mlps(), torch.randn(X)
+    gm = skipping(copy.deepcopy(model), x[:2], scaling="train", include=None)
+    assert list(gm.state_dict()) == list(model.state_dict())
+    for batch in (9, 1, 0):
+        assert torch.equal(gm.eval()(x[:batch]), model.eval()(x[:batch]))
+    assert not torch.equal(seeded(gm.train(), x), model(x))
+    assert torch.equal(seeded(gm, x), seeded(gm.eval().train(), x))
+
+
+def test_copies_draw_alike_and_keep_their_rate():
+    x = torch.randn(X)
+    gm = skipping(mlps(), x[:2], include=None)
+    fxsd.set_drop_rate(gm, 0.3)
+    file = io.BytesIO()
+    torch.save(gm, file)
+    file.seek(0)
+    for again in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm)), torch.load(file, weights_only=False), copy.copy(gm)):
+        assert [(s.drop_rate, s.compute) for s in fxsd.sites(again)] == [(pytest.approx(0.3), "skip")] * 3
+        assert torch.equal(seeded(again, x), seeded(gm, x))
+        fxsd.set_drop_rate(again, 0.0)
+        assert torch.equal(again(x), seeded(again, x))
+        fxsd.set_drop_rate(again, 0.3)
+
+
+def test_rates_and_batch_sizes_move():
+    x = torch.randn(X)
+    model = mlps(1)
+    gm = skipping(model, x[:2], include=None)
+    rows: list[int] = []
+    model.get_submodule("0.f").register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    for rate, batch, expected in ((0.0, 9, {9}), (1.0, 9, {0, 1}), (0.5, 8, {4}), (0.5, 3, {1, 2}), (0.75, 8, {2}), (0.5, 0, {0})):
+        rows.clear()
+        fxsd.set_drop_rate(gm, rate)
+        for _ in range(10):
+            assert gm(x[:batch]).shape == x[:batch].shape
+        assert set(rows) <= expected
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_recomputes_the_same_rows(reentrant: bool):
+    gm = skipping(mlps(), torch.randn(2, 5, WIDTH), include=None, scaling="train")
+    x = torch.randn(X, requires_grad=True)
+    found = []
+    for run in (gm, lambda x: checkpoint(gm, x, use_reentrant=reentrant)):
+        gm.zero_grad()
+        x.grad = None
+        seeded(run, x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in gm.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_functional_calls_and_functional_gradients():
+    gm = skipping(mlps(), torch.randn(2, 5, WIDTH), include=None)
+    x, state = torch.randn(X), {name: p.detach().clone() for name, p in gm.named_parameters()}
+
+    def loss(state: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(gm, state, (x,)).square().sum()
+
+    with forced(at_random(5)):
+        gm(x).square().sum().backward()
+        gradients = torch.func.grad(loss)(state)
+        assert float(loss({name: torch.zeros_like(p) for name, p in state.items()})) == pytest.approx(float(x.square().sum()))
+    for name, parameter in gm.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+def test_a_row_that_stands_for_all_is_taken_as_it_is():
+    rows, one = Rows(4, torch.tensor([0, 2])), torch.ones(1, 3)
+    assert take(one, rows) is one
+    assert take(torch.arange(4.0), rows).tolist() == [0, 2]
+    shortcut, part = fork(torch.arange(4.0), rows)
+    assert merge(shortcut, 10 * part, rows).tolist() == [0, 1, 22, 3]
+    assert spread(part, rows).tolist() == [0, 0, 2, 0]
