@@ -114,7 +114,8 @@ class Batch:
         binding = bind(self.module.__dict__.get("forward") or self.module.forward, call)
         examples = Examples(self.module, binding.fixed | binding.example, self.constants, True, nullcontext, fakes)
         values: dict[fx.Node, Any] = {}
-        with FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        with counter if size == SIZES[0] else nullcontext():
             for node in graph.nodes:
                 if node.op == "output":
                     break
@@ -126,7 +127,7 @@ class Batch:
                     values[node] = examples.value(node)
                 except Exception as error:
                     raise Illegal(f"the model does not run with {size} samples: {node.name} fails ({_told(error)})") from error
-                self.flops[node] = counter.get_total_flops() - before
+                self.flops[node] = self.flops.get(node, 0) + counter.get_total_flops() - before
         return values
 
     def region(self, residual: Residual, subset_batch_norm: bool = False, all_or_none: bool = False) -> Region:
@@ -174,14 +175,24 @@ class Batch:
                     found.add(user)
                     stack.append(user)
         nodes = sorted(found, key=self.index.__getitem__)
-        # Sizes of the fork that are used elsewhere too, as those that are read once at the top of a model, stay outside.
-        sizes: set[fx.Node] = set()
+        shared = self._shared(residual, nodes)
+        return [node for node in nodes if node not in shared]
+
+    def _shared(self, residual: Residual, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+        """Those of `nodes` that are used outside and come from the fork by its sizes or dtype alone: masks that later blocks read."""
+        inside, apart = set(nodes), set[fx.Node]()
         for node in nodes:
-            if not isinstance(self.values[0][node], Tensor) and sizes.issuperset(found.intersection(node.all_input_nodes)):
-                sizes.add(node)
-        if any(user not in found for node in sizes for user in node.users):
-            found -= sizes
-        return [node for node in nodes if node in found]
+            plain = not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(self.values[0][node]))
+            if (plain or residual.fork not in node.all_input_nodes) and apart.issuperset(inside.intersection(node.all_input_nodes)):
+                apart.add(node)
+        found = {node for node in apart if any(user not in inside for user in node.users)}
+        for node in reversed(nodes):
+            if node in apart and not found.isdisjoint(node.users):
+                found.add(node)
+        for node in nodes:
+            if node in apart and any(arg in found and not isinstance(self.values[0][arg], Tensor | int) for arg in node.all_input_nodes):
+                found.add(node)
+        return found
 
     def _back(self, end: fx.Node, start: fx.Node) -> set[fx.Node]:
         """`end` and what it comes from, as far as it lies behind `start` in the graph."""
@@ -271,7 +282,12 @@ class _Probe:
     ) -> None:
         self.module, self.residual, self.nodes, self.entries, self.counts = module, residual, nodes, entries, counts
         generator = torch.Generator().manual_seed(0)
-        self.given = {node: _real(module, node, values[node], _ROWS if node in entries else None, generator) for node in outside}
+        self.outside = {node: _real(module, node, values[node], _ROWS if node in entries else None, generator) for node in outside}
+        self.called = {name: module.get_submodule(name) for name in (str(node.target) for node in nodes if node.op == "call_module")}
+        self.parameters = {
+            name: {key: _awake(parameter.detach()).clone() for key, parameter in called.named_parameters()}
+            for name, called in self.called.items()
+        }
 
     def least_rows(self, subset_batch_norm: bool) -> int:
         """How many rows the branch needs.
@@ -307,41 +323,46 @@ class _Probe:
         return 0
 
     def _mixes(self, draws: _NoDraws) -> str:
-        """Says how its rows depend on each other, if they do."""
-        some = torch.tensor([1, 0])  # no way to mix three samples looks right on these and leaves the last one out of it
+        """Says how its rows depend on each other, if they do: the last two, swapped, against all of which the first is not a number."""
+        swapped = [2, 1]
         with draws:
             try:
-                before = {node: _copied(value) for node, value in self.given.items()}
-                whole = self._run(_ROWS, lambda value: value)
-                changed = [node.name for node, value in self.given.items() if not _equal(value, before[node])]
+                given = self._given(2, lambda value: value[swapped])
+                before = {node: _copied(value) for node, value in given.items()}
+                part = self._run(given)
+                changed = [node.name for node, value in given.items() if not _equal(value, before[node])]
                 if changed:
                     return f"its branch writes into {changed[0]}, which comes from outside"
-                part = self._run(2, lambda value: value[some.to(value.device)])
-                tainted = self._run(_ROWS, _tainted)
+                whole = self._run(self._given(_ROWS, _tainted))
             except Exception as error:
                 return f"its branch does not run on some of the samples ({_told(error)})"
-        if not isinstance(whole, Tensor) or whole.dim() == 0 or whole.shape[0] != _ROWS or not whole.isfinite().all():
+        if not isinstance(part, Tensor) or part.shape[:1] != (2,) or not part.isfinite().all():
             return "its branch gives no finite numbers, one row a sample, for random input"
-        if not _close(whole[some.to(whole.device)], part):
-            return "its branch gives other results for a sample when fewer samples run with it"
-        if not _close(whole[::2], tainted[::2]):
+        if not isinstance(whole, Tensor) or whole.shape[:1] != (_ROWS,) or whole[1:].isnan().any():
             return "its branch mixes samples: what it gives for one depends on others"
+        if not _close(whole[swapped], part):
+            return "its branch gives other results for a sample when fewer samples run with it"
         return ""
 
     def _runs(self, rows: int) -> bool:
         try:
-            result = self._run(rows, lambda value: value[:rows])
+            result = self._run(self._given(rows, lambda value: value[:rows]))
         except Exception:
             return False
         return isinstance(result, Tensor) and result.shape[:1] == (rows,)
 
-    def _run(self, rows: int, entry: Callable[[Tensor], Tensor]) -> Any:
-        known: dict[fx.Node, Any] = {}
-        for node, value in self.given.items():
+    def _given(self, rows: int, entry: Callable[[Tensor], Tensor]) -> dict[fx.Node, Any]:
+        """What enters the branch where so many rows run."""
+        given: dict[fx.Node, Any] = {}
+        for node, value in self.outside.items():
             if node in self.counts:
-                known[node] = self.counts[node] * rows
+                given[node] = self.counts[node] * rows
             else:
-                known[node] = entry(value) if node in self.entries else value
+                given[node] = entry(value) if node in self.entries else value
+        return given
+
+    def _run(self, given: Mapping[fx.Node, Any]) -> Any:
+        known = dict(given)
         for node in self.nodes:
             if node is self.residual.existing:
                 known[node] = known[node.all_input_nodes[0]]
@@ -352,10 +373,9 @@ class _Probe:
             elif node.op == "call_method":
                 known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
-                module = self.module.get_submodule(str(node.target))
-                state = {name: _awake(tensor.detach()) for name, tensor in module.named_parameters()}
-                state |= {name: tensor.clone() for name, tensor in module.named_buffers()}
-                known[node] = torch.func.functional_call(module, state, args, kwargs)
+                name = str(node.target)
+                state = self.parameters[name] | {key: tensor.clone() for key, tensor in self.called[name].named_buffers()}
+                known[node] = torch.func.functional_call(self.called[name], state, args, kwargs)
         return known[self.residual.branch]
 
 
@@ -400,7 +420,7 @@ class _NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags and isinstance(result, Tensor):
             drawn = result is args[0] if args and isinstance(args[0], Tensor) else not any(isinstance(arg, Tensor) for arg in args)
             if drawn or name in ("rand_like", "randn_like"):
-                result.fill_(1)
+                result.fill_(int(result.dtype.is_floating_point))  # of places, the first: it is tainted
         return result
 
 
@@ -449,17 +469,20 @@ def _random(like: Tensor, rows: int | None, generator: torch.Generator) -> Tenso
 
 
 def _tainted(value: Tensor) -> Tensor:
+    """Without numbers in the first row."""
     value = value.clone()
     if value.dtype.is_floating_point or value.dtype.is_complex:
-        value[1] = torch.nan
+        value[0] = torch.nan
     return value
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    eps = torch.finfo(a.dtype).eps if a.dtype.is_floating_point else 0.0
-    limit = min(1e4 * eps, 0.1)
-    scale = float(a.abs().max()) if a.numel() else 0.0
-    return a.shape == b.shape and torch.allclose(a, b, rtol=limit, atol=limit * scale)
+    if a.shape != b.shape or not a.numel():
+        return a.shape == b.shape
+    if not a.dtype.is_floating_point:
+        return torch.equal(a, b)
+    limit = min(1e4 * torch.finfo(a.dtype).eps, 0.1)
+    return bool((a - b).abs().max() <= limit * a.abs().max())
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -105,6 +105,8 @@ class SkipStochasticDepth(StochasticDepth):
         parts = self._size.shape[0]
         whole, rest = _whole_rows(batch, parts)
         run = (batch * parts + _PARTS - 1 - _SLACK) // _PARTS
+        if self.least_rows > 1:
+            run = torch.sym_min(torch.sym_max(run, self.least_rows), batch)  # type: ignore[assignment]
         order = torch.rand(batch, device=device).argsort()
         one_more = (torch.rand((), device=device) < rest / _PARTS) & (self.drop_rate < 1.0)
         kept = whole + one_more

@@ -7,11 +7,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
+import timm
 import torch
+import transformers as hf
 from draws import check_rows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision import models as vision
 
 import fxsd
 
@@ -274,6 +280,21 @@ class Attends(nn.Module):
         return x
 
 
+class MaskMadeInside(nn.Module):
+    """The first block makes a mask for each sample out of sizes and a dtype, and all blocks read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.vector = nn.ModuleList(Attention() for _ in range(2)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        mask = torch.ones(TOKENS, TOKENS, dtype=x.dtype).tril().expand(x.shape[0], 1, TOKENS, TOKENS)
+        gate = self.vector(c.to(x.dtype)).unsqueeze(1)
+        for block in self.blocks:
+            x = x + block(x * gate, mask)
+        return x
+
+
 class Padded(nn.Module):
     def __init__(self, batch_first: bool = True) -> None:
         super().__init__()
@@ -328,6 +349,7 @@ LEGAL: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
     "a mask for each sample": (Attends, with_mask(None)),
     "a mask for all samples": (Attends, with_mask(1)),
     "a rotary table": (Attends, with_rotary),
+    "a mask made of sizes": (MaskMadeInside, with_vector),
     "a padding mask": (Padded, with_padding),
     "an encoder layer": (lambda: nn.TransformerEncoderLayer(WIDTH, 2, 8, 0.0, batch_first=True), tokens),
     "norms of one sample": (Normed, images),
@@ -369,6 +391,97 @@ def test_attention_over_dim_0_is_not_skipped():
     assert [site.compute for site in sites] == ["mask"]
 
 
+# --- whole models ---------------------------------------------------------------------------------------------------------------------
+
+
+def pixels(size: int) -> Callable[[int], tuple[Tensor, ...]]:
+    return lambda batch: (torch.randn(batch, 3, size, size, dtype=torch.float64),)
+
+
+def text(batch: int) -> dict[str, Tensor]:
+    lengths = torch.randint(3, 8, (batch, 1))
+    return {"input_ids": torch.randint(0, 50, (batch, 7)), "attention_mask": (torch.arange(7) < lengths).long()}
+
+
+def latents(batch: int) -> dict[str, Tensor]:
+    return {
+        "hidden_states": torch.randn(batch, 4, 8, 8, dtype=torch.float64),
+        "timestep": torch.randint(0, 9, (batch,)),
+        "class_labels": torch.randint(0, 9, (batch,)),
+    }
+
+
+def convnext() -> nn.Module:
+    setting = [vision.convnext.CNBlockConfig(8, 16, 2), vision.convnext.CNBlockConfig(16, None, 2)]
+    return vision.ConvNeXt(setting, num_classes=5)
+
+
+def timm_swin() -> nn.Module:
+    return timm.models.SwinTransformer(48, 4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=3, num_classes=5)
+
+
+def bert() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return hf.BertModel(hf.BertConfig(vocab_size=50, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes))
+
+
+def gpt2() -> nn.Module:
+    options = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
+    return hf.GPT2Model(hf.GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2, **options))
+
+
+def llama() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return hf.LlamaModel(hf.LlamaConfig(vocab_size=50, use_cache=False, **sizes))
+
+
+def t5() -> nn.Module:
+    return hf.T5EncoderModel(hf.T5Config(vocab_size=50, d_model=16, d_kv=8, num_layers=2, num_heads=2, d_ff=32, dropout_rate=0.0))
+
+
+def dit() -> nn.Module:
+    return diffusers.DiTTransformer2DModel(2, 8, 4, num_layers=2, sample_size=8, norm_num_groups=1, num_embeds_ada_norm=10)
+
+
+WHOLE: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any], int, int]] = {  # ..., sites, skipped
+    "torchvision swin": (lambda: vision.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [3, 3], num_classes=5), pixels(48), 8, 8),
+    "torchvision vit": (lambda: vision.VisionTransformer(32, 16, 2, 2, 16, 32, num_classes=5), pixels(32), 4, 4),
+    "convnext": (convnext, pixels(32), 4, 4),
+    "timm swin": (timm_swin, pixels(48), 8, 8),
+    "bert": (bert, text, 4, 4),
+    "gpt2": (gpt2, text, 4, 4),
+    "llama": (llama, text, 4, 4),
+    "t5": (t5, text, 4, 3),  # the first attention makes the position bias of all, on the device of its scores
+    "dit": (dit, latents, 4, 4),
+    "resnet18": (lambda: vision.resnet18(num_classes=5), pixels(32), 8, 0),
+}  # fmt: skip
+
+
+@pytest.mark.zoo
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_model_that_skips_gives_what_the_mask_gives(name: str):
+    factory, inputs, total, skipped = WHOLE[name]
+    sites = check_rows(factory(), inputs, batches=(5,))
+    assert (len(sites), sum(site.compute == "skip" for site in sites)) == (total, skipped)
+
+
+def test_a_resnet_skips_where_batch_norm_may_see_the_kept_samples_only():
+    model = vision.resnet18(num_classes=5)
+    options = {"drop_distribution": "uniform", "compute": "skip", "subset_batch_norm": True}
+    gm = fxsd.transform(model, 0.9, example_inputs=(torch.randn(2, 3, 32, 32),), **options)
+    assert [site.compute for site in fxsd.sites(gm)] == ["skip"] * 8
+    rows: list[int] = []
+    for block in (model.layer1[0], model.layer4[1]):
+        block.bn1.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    for _ in range(3):
+        gm(torch.randn(6, 3, 32, 32))
+    assert set(rows) == {2}
+    assert all(buffer.isfinite().all() for buffer in gm.buffers())
+    fxsd.set_drop_rate(gm, 1.0)
+    assert gm(torch.randn(1, 3, 64, 64)).isfinite().all()
+
+
 # --- the model is left as it was ------------------------------------------------------------------------------------------------------
 
 
@@ -404,3 +517,55 @@ def test_analysis_leaves_the_model_as_it_was(fails: bool, subset: bool):
     for name, tensor in after.items():
         assert torch.equal(tensor, before[name]), name
     assert [tensor._version for tensor in after.values()] == versions
+
+
+# --- random branches ------------------------------------------------------------------------------------------------------------------
+
+STEPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "activation": lambda x: F.gelu(x),
+    "softmax": lambda x: x.softmax(-1),
+    "transposed": lambda x: x.transpose(1, 2).softmax(-1).transpose(1, 2),
+    "token mean": lambda x: x - x.mean(1, keepdim=True),
+    "sizes": lambda x: x.reshape(x.shape[0] * x.shape[1], -1).tanh().view(x.shape[0], -1, x.shape[2]),
+    "flat": lambda x: x.flatten(0, 1).sin().unflatten(0, (-1, TOKENS)),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+    "in place": lambda x: x.clone().add_(0.1).relu_(),
+    "joined": lambda x: torch.cat((x[:, 1:], x[:, :1]), 1),
+    "padded": lambda x: F.pad(x, (1, 0))[..., :WIDTH],
+    "masked": lambda x: torch.where(torch.arange(TOKENS)[:, None] < 2, x, x.new_zeros(())),
+    "no noise": lambda x: F.dropout(x, 0.0),
+}
+MIXERS = {name: trap for name, (trap, _) in TRAPS.items() if name != "mixup"} | {
+    "batch norm": lambda x: F.batch_norm(x.transpose(1, 2), None, None, training=True).transpose(1, 2),
+    "batch last": lambda x: x.transpose(0, 2).cumsum(-1).transpose(0, 2),
+    "similarity": lambda x: ((x.flatten(1) @ x.flatten(1).T).tanh() @ x.flatten(1)).view_as(x),
+}
+
+
+class Composed(nn.Module):
+    def __init__(self, steps: list[Callable[[Tensor], Tensor]], at: int) -> None:
+        super().__init__()
+        self.steps, self.at, self.f, self.g = steps, at, nn.Linear(WIDTH, WIDTH), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = x
+        for number, step in enumerate(self.steps):
+            r = self.f(r) if number == self.at else r
+            r = step(r)
+        x = x + self.g(r)
+        return x + self.g(x)
+
+
+@given(
+    steps=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4),
+    mixer=st.none() | st.sampled_from(sorted(MIXERS)),
+    data=st.data(),
+)
+@settings(derandomize=True, deadline=None, max_examples=12, database=None, suppress_health_check=list(HealthCheck))
+def test_a_random_branch_is_skipped_unless_something_in_it_mixes_samples(steps: list[str], mixer: str | None, data: st.DataObject):
+    chain = [STEPS[step] for step in steps]
+    if mixer:
+        chain.insert(data.draw(st.integers(0, len(chain))), MIXERS[mixer])
+    torch.manual_seed(0)
+    sites = check_rows(Composed(chain, data.draw(st.integers(0, len(chain) - 1))), tokens, batches=(3,))
+    assert [site.compute for site in sites] == ["mask" if mixer else "skip", "skip"]

@@ -343,3 +343,60 @@ def test_a_row_that_stands_for_all_is_taken_as_it_is():
     shortcut, part = fork(torch.arange(4.0), rows)
     assert merge(shortcut, 10 * part, rows).tolist() == [0, 1, 22, 3]
     assert spread(part, rows).tolist() == [0, 0, 2, 0]
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------------------------
+
+compiled_code = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+@compiled_code
+@pytest.mark.parametrize("scaling", ["inference", "train"])
+def test_compiled_rates_and_batch_sizes_move_without_compiling_each(scaling: str):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    gm = skipping(mlps(2), torch.randn(2, 5, WIDTH), include=None, scaling=scaling)
+    compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
+    for step in range(10):
+        fxsd.set_drop_rate(gm, step / 18)
+        for batch in (8, 12):
+            compiled(torch.randn(batch, 5, WIDTH)).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+@compiled_code
+def test_compiled_code_drops_as_often_and_has_the_gradients_of_the_rows_that_ran():
+    torch._dynamo.reset()
+    model = mlps(1)
+    gm = skipping(model, torch.randn(2, 5, WIDTH), include=None, scaling="train")
+    compiled = torch.compile(gm, fullgraph=True)
+    x, parameters, calls, counts = torch.randn(9, 5, WIDTH), list(gm.parameters()), 200, torch.zeros(9)
+    full = model.get_submodule("0.f")(model.get_submodule("0.norm")(x)).detach()
+    fxsd.set_drop_rate(gm, 0.3)
+    for call in range(calls):
+        out = compiled(x)
+        keep = ((out - x).abs().amax((1, 2)) > 0).detach()
+        assert int(keep.sum()) in (6, 7)
+        torch.testing.assert_close(out, x + keep[:, None, None] * full / 0.7)
+        counts += keep
+        if call < 3:
+            gradients = torch.autograd.grad(out.square().sum(), parameters)
+            branch = model.get_submodule("0.f")(model.get_submodule("0.norm")(x)) / 0.7
+            expected = torch.autograd.grad((x + keep[:, None, None] * branch).square().sum(), parameters)
+            for a, b in zip(gradients, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert (counts / calls).tolist() == pytest.approx([0.7] * 9, abs=4 * math.sqrt(0.21 / calls))
+    for rate, expected in ((0.0, x + full), (1.0, x)):
+        fxsd.set_drop_rate(gm, rate)
+        torch.testing.assert_close(compiled(x), expected)
+
+
+@compiled_code
+def test_compiled_code_runs_as_many_rows_as_batch_statistics_need():
+    torch._dynamo.reset()
+    model = OneSite(branch=nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)))
+    gm = skipping(model, torch.randn(2, WIDTH), include=None, subset_batch_norm=True)
+    compiled, x = torch.compile(gm, fullgraph=True, backend="aot_eager"), torch.randn(8, WIDTH)
+    for rate in (0.9, 1.0, 0.95):
+        fxsd.set_drop_rate(gm, rate)
+        assert compiled(x).isfinite().all()
