@@ -78,6 +78,7 @@ TRAPS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "the first sample": (lambda x: x + x[:1], f"{MIXED}|{OTHER}"),
     "mixup": (lambda x: 0.5 * x + 0.5 * x[torch.randperm(x.shape[0])], f"{MIXED}|{OTHER}|does not run"),
     "attention over the batch": (lambda x: F.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3).transpose(0, 1), f"{MIXED}|{OTHER}"),
+    "a place in the batch": (lambda x: x * torch.arange(x.shape[0])[:, None, None], OTHER),
     "a value that depends on the batch": (lambda x: x / x.shape[0], OTHER),
     "a value that depends on the number of elements": (lambda x: x / math.sqrt(x.numel()), f"{OTHER}|depends on the batch|does not run"),
 }  # fmt: skip
@@ -375,6 +376,29 @@ def test_an_encoder_layer_with_padding_is_skipped():
         return {"src": x, "src_key_padding_mask": padding}
 
     assert {site.compute for site in check_rows(layer, inputs)} == {"skip"}
+
+
+def test_noise_that_each_element_draws_for_itself_is_no_reason():
+    assert reasons(Planted(lambda x: x * torch.bernoulli(x.sigmoid())), tokens(2)) == ["", "", ""]
+    assert reasons(Planted(lambda x: x * torch.rand_like(x) + torch.randn(x.shape)), tokens(2)) == ["", "", ""]
+
+
+def test_the_batch_is_told_by_the_fork_and_not_by_a_mask_that_comes_first():
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = mlp()
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return x + self.f(torch.where(mask, x, 0.0))
+
+    gm = fxsd.transform(
+        Filled().double(), 1.0, drop_distribution="uniform", compute="skip", example_inputs=(*tokens(1), torch.ones(1, 1, 1) > 0)
+    )
+    assert [site.compute for site in fxsd.sites(gm)] == ["skip"]
+    (x,) = tokens(7)
+    for rows in (1, 7):
+        assert torch.equal(gm(x, torch.ones(rows, 1, 1) > 0), x)
 
 
 def test_a_mask_for_all_samples_may_stand_where_one_for_each_was_an_example():

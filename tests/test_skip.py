@@ -202,6 +202,20 @@ def test_gradients_are_those_of_finite_differences_twice(layout: str):
         assert torch.autograd.gradgradcheck(gm, (x,), fast_mode=True)
 
 
+@pytest.mark.parametrize("weight", [None, torch.tensor(1.7), torch.tensor([1.7, 0.0])])
+@pytest.mark.parametrize("branch_first", [False, True])
+def test_the_gradient_of_a_row_is_weighted_as_the_row_is(weight: Tensor | None, branch_first: bool):
+    rows = Rows(4, torch.tensor([3, 1]), None, weight)
+
+    def block(x: Tensor) -> Tensor:
+        shortcut, part = fork(x, rows)
+        return merge(shortcut, part.cos(), rows, branch_first)
+
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(block, (x,))
+    assert torch.autograd.gradgradcheck(block, (x,))
+
+
 def test_the_very_input_may_be_written_into_afterwards():
     class Reused(nn.Module):
         def __init__(self) -> None:
@@ -351,11 +365,10 @@ compiled_code = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore
 
 
 @compiled_code
-@pytest.mark.parametrize("scaling", ["inference", "train"])
-def test_compiled_rates_and_batch_sizes_move_without_compiling_each(scaling: str):
+def test_compiled_rates_and_batch_sizes_move_without_compiling_each():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    gm = skipping(mlps(2), torch.randn(2, 5, WIDTH), include=None, scaling=scaling)
+    gm = skipping(mlps(2), torch.randn(2, 5, WIDTH), include=None, scaling="train")
     compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
     for step in range(10):
         fxsd.set_drop_rate(gm, step / 18)
