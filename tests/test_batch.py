@@ -78,7 +78,7 @@ TRAPS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "the first sample": (lambda x: x + x[:1], f"{MIXED}|{OTHER}"),
     "mixup": (lambda x: 0.5 * x + 0.5 * x[torch.randperm(x.shape[0])], f"{MIXED}|{OTHER}|does not run"),
     "attention over the batch": (lambda x: F.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3).transpose(0, 1), f"{MIXED}|{OTHER}"),
-    "a place in the batch": (lambda x: x * torch.arange(x.shape[0])[:, None, None], OTHER),
+    "a place from the end": (lambda x: x * torch.arange(x.shape[0]).flip(0)[:, None, None], OTHER),
     "a value that depends on the batch": (lambda x: x / x.shape[0], OTHER),
     "a value that depends on the number of elements": (lambda x: x / math.sqrt(x.numel()), f"{OTHER}|depends on the batch|does not run"),
 }  # fmt: skip
@@ -392,13 +392,13 @@ def test_the_batch_is_told_by_the_fork_and_not_by_a_mask_that_comes_first():
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             return x + self.f(torch.where(mask, x, 0.0))
 
-    gm = fxsd.transform(
-        Filled().double(), 1.0, drop_distribution="uniform", compute="skip", example_inputs=(*tokens(1), torch.ones(1, 1, 1) > 0)
-    )
+    example = (*tokens(1), torch.ones(1, 1, 1) > 0)
+    gm = fxsd.transform(Filled().double(), 0.5, drop_distribution="uniform", compute="skip", example_inputs=example)
     assert [site.compute for site in fxsd.sites(gm)] == ["skip"]
     (x,) = tokens(7)
     for rows in (1, 7):
-        assert torch.equal(gm(x, torch.ones(rows, 1, 1) > 0), x)
+        kept = {int((gm(x, torch.ones(rows, 1, 1) > 0) != x).flatten(1).any(1).sum()) for _ in range(20)}
+        assert kept == {3, 4}
 
 
 def test_a_mask_for_all_samples_may_stand_where_one_for_each_was_an_example():
