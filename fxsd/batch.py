@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -97,13 +98,15 @@ class Batch:
         constants: tensors made while tracing.
 
     Raises:
-        Illegal: the graph does not run at another batch size, or nothing tells what the batch is.
+        Illegal: the graph does not run at another batch size, nothing tells what the batch is, or the module has no data.
     """
 
     def __init__(self, module: nn.Module, graph: fx.Graph, call: Call, constants: dict[str, Tensor]) -> None:
+        if any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers())):
+            raise Illegal("the model is on the meta device, where no branch can be run to see what its samples have to do with each other")
         self.module, self.constants = module, constants
         self.index = {node: place for place, node in enumerate(graph.nodes)}
-        self.flops: dict[fx.Node, int] = {}
+        self.flops: dict[fx.Node, int] = {}  # at the first size
         self.versions: dict[tuple[fx.Node, fx.Node], int] = {}  # (user, value) -> how often value had been written into
         with torch.no_grad(), in_mode(module, True):
             self.values = [self._follow(graph, call, size) for size in SIZES]
@@ -113,9 +116,11 @@ class Batch:
         call = _resized(without_values(call, fakes), size, fakes)
         binding = bind(self.module.__dict__.get("forward") or self.module.forward, call)
         examples = Examples(self.module, binding.fixed | binding.example, self.constants, True, nullcontext, fakes)
+        self.attribute = examples.attribute
         values: dict[fx.Node, Any] = {}
         counter = FlopCounterMode(display=False)
-        with counter if size == SIZES[0] else nullcontext():
+        first = size == SIZES[0]
+        with counter if first else nullcontext():
             for node in graph.nodes:
                 if node.op == "output":
                     break
@@ -127,7 +132,8 @@ class Batch:
                     values[node] = examples.value(node)
                 except Exception as error:
                     raise Illegal(f"the model does not run with {size} samples: {node.name} fails ({_told(error)})") from error
-                self.flops[node] = self.flops.get(node, 0) + counter.get_total_flops() - before
+                if first:
+                    self.flops[node] = counter.get_total_flops() - before
         return values
 
     def region(self, residual: Residual, subset_batch_norm: bool = False, all_or_none: bool = False) -> Region:
@@ -150,10 +156,12 @@ class Batch:
             raise Illegal(f"{residual.fork.name}, which its branch comes from, has not the batch in dim 0 as the branch has")
         entries.sort(key=lambda entry: entry is not residual.fork)  # it tells the batch: a mask may have one row for all
         self._check_users(residual, inside)
-        self._check_writes(residual, nodes, outside, entries)
-        probe = _Probe(self.module, self.values[0], residual, nodes, outside, set(entries), counts)
+        self._check_writes(residual, nodes, entries)
+        generator = torch.Generator().manual_seed(0)
+        given = {node: self._real(node, _ROWS if node in entries else None, generator) for node in outside}
+        probe = _Probe(self.module, residual, nodes, given, set(entries), counts)
         least_rows = probe.on_none() if all_or_none else probe.least_rows(subset_batch_norm)
-        work = sum(self.flops[node] for node in nodes) / max(self.values[-1][residual.branch].numel(), 1)
+        work = sum(self.flops[node] for node in nodes) / max(self.values[0][residual.branch].numel(), 1)
         return Region(tuple(nodes), tuple(entries), counts, work, least_rows)
 
     def _between(self, residual: Residual) -> list[fx.Node]:
@@ -193,6 +201,16 @@ class Batch:
             if node in apart and any(arg in found and not isinstance(self.values[0][arg], Tensor | int) for arg in node.all_input_nodes):
                 found.add(node)
         return found
+
+    def _real(self, node: fx.Node, rows: int | None, generator: torch.Generator) -> Any:
+        """Stands for a value that enters a branch: the model's own, or random numbers like it with so many rows."""
+        if node.op == "get_attr":
+            found = self.attribute(str(node.target))
+            return _awake(found.detach()).clone() if isinstance(found, Tensor) else found
+        value = self.values[0][node]
+        if not isinstance(value, Tensor):
+            return torch.utils._pytree.tree_map_only(Tensor, lambda leaf: _random(leaf, None, generator), value)
+        return _random(value, rows, generator)
 
     def _back(self, end: fx.Node, start: fx.Node) -> set[fx.Node]:
         """`end` and what it comes from, as far as it lies behind `start` in the graph."""
@@ -247,7 +265,7 @@ class Batch:
                 if isinstance(first, Tensor) or not _same(first, second):
                     raise Illegal(f"{node.name} in the branch is also used outside of it, by {user.name}")
 
-    def _check_writes(self, residual: Residual, nodes: list[fx.Node], outside: list[fx.Node], entries: list[fx.Node]) -> None:
+    def _check_writes(self, residual: Residual, nodes: list[fx.Node], entries: list[fx.Node]) -> None:
         """Rows are taken once, before the first node; nobody may write into the whole between that and the last use."""
         for entry in entries:
             seen = {self.versions[node, entry] for node in nodes if (node, entry) in self.versions}
@@ -273,16 +291,13 @@ class _Probe:
     def __init__(
         self,
         module: nn.Module,
-        values: Mapping[fx.Node, Any],
         residual: Residual,
         nodes: Sequence[fx.Node],
-        outside: Sequence[fx.Node],
+        given: Mapping[fx.Node, Any],
         entries: Set[fx.Node],
         counts: Mapping[fx.Node, int],
     ) -> None:
-        self.module, self.residual, self.nodes, self.entries, self.counts = module, residual, nodes, entries, counts
-        generator = torch.Generator().manual_seed(0)
-        self.outside = {node: _real(module, node, values[node], _ROWS if node in entries else None, generator) for node in outside}
+        self.module, self.residual, self.nodes, self.outside, self.entries, self.counts = module, residual, nodes, given, entries, counts
         self.called = {name: module.get_submodule(name) for name in (str(node.target) for node in nodes if node.op == "call_module")}
         self.parameters = {
             name: {key: _awake(parameter.detach()).clone() for key, parameter in called.named_parameters()}
@@ -439,18 +454,6 @@ def _resized(call: Call, size: int, fakes: FakeTensorMode) -> Call:
 
     found: Call = torch.utils._pytree.tree_map_only(Tensor, resized, call)
     return found
-
-
-def _real(module: nn.Module, node: fx.Node, value: Any, rows: int | None, generator: torch.Generator) -> Any:
-    """Stands for a value that enters the branch: the model's own, or random numbers like it with so many rows."""
-    if node.op == "get_attr":
-        found: Any = module
-        for name in str(node.target).split("."):
-            found = getattr(found, name, value)
-        return _awake(found.detach()).clone() if isinstance(found, Tensor) else found
-    if not isinstance(value, Tensor):
-        return torch.utils._pytree.tree_map_only(Tensor, lambda leaf: _random(leaf, None, generator), value)
-    return _random(value, rows, generator)
 
 
 def _random(like: Tensor, rows: int | None, generator: torch.Generator) -> Tensor:

@@ -27,15 +27,15 @@ class Rows(NamedTuple):
         batch: how many rows there are.
         taken: the rows that run, or None: all of them.
         place: for each row its place in `taken`, or any number beyond; compiled code only.
-        none: no row runs, instead of `taken`.
         weight: what the branch is multiplied by, None for one: a number, or one for each row that runs.
+        none: no row runs, instead of `taken`.
     """
 
     batch: int
     taken: Tensor | None = None
     place: Tensor | None = None
-    none: bool = False
     weight: Tensor | None = None
+    none: bool = False
 
 
 class SkipStochasticDepth(StochasticDepth):
@@ -161,12 +161,12 @@ def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = Fal
 
     The result has the memory format of the first operand, as that of an add has: it decides how fast the convolutions after it are.
     """
-    if rows.none:
-        return torch.cat([branch.to(shortcut.dtype), shortcut])  # so that parameters of the branch get gradients of zero
-    if rows.taken is None:
+    if rows.taken is None and not rows.none:
         branch = _weighted(branch, rows.weight)
         return branch + shortcut if branch_first else shortcut + branch
     dtype = torch.promote_types(shortcut.dtype, branch.dtype)
+    if rows.none:
+        return torch.cat([branch.to(dtype), shortcut.to(dtype)])  # so that parameters of the branch get gradients of zero
     return _Merge.apply(shortcut.to(dtype), branch, rows.taken, rows.place, rows.weight, branch_first)  # type: ignore[no-any-return]
 
 

@@ -593,3 +593,41 @@ def test_a_random_branch_is_skipped_unless_something_in_it_mixes_samples(steps: 
     torch.manual_seed(0)
     sites = check_rows(Composed(chain, data.draw(st.integers(0, len(chain) - 1))), tokens, batches=(3,))
     assert [site.compute for site in sites] == ["mask" if mixer else "skip", "skip"]
+
+
+SCALE = torch.linspace(0.5, 2.0, WIDTH, dtype=torch.float64)
+
+
+def test_a_tensor_that_is_no_attribute_enters_as_it_is():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.f(x * SCALE)
+
+    assert {site.compute for site in check_rows(Scaled(), tokens)} == {"skip"}
+
+
+def test_a_model_without_data_has_masks():
+    with torch.device("meta"):
+        model, x = nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)), torch.empty(2, 3, 4)
+    found = fxsd.analyze(model, 0.5, compute="skip", example_inputs=(x,)).sites
+    assert len(found) == 2
+    assert {"meta device" in site.reason for site in found} == {True}
+
+
+def test_the_work_of_a_branch_is_its_flops_for_each_value_that_it_adds():
+    class Wide(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.f = nn.Sequential(nn.Linear(64, width), nn.GELU(), nn.Linear(width, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.f(x)
+
+    for width, reason in ((16, r"64 FLOPs a value"), (32, "")):  # 4 * width FLOPs, and 32 / 0.25 at least
+        (site,) = fxsd.analyze(Wide(width), 0.25, compute="auto", example_inputs=(torch.zeros(2, 64),)).sites
+        assert reason in site.reason
+        assert bool(site.reason) is bool(reason)

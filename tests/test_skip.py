@@ -413,3 +413,10 @@ def test_compiled_code_runs_as_many_rows_as_batch_statistics_need():
     for rate in (0.9, 1.0, 0.95):
         fxsd.set_drop_rate(gm, rate)
         assert compiled(x).isfinite().all()
+
+
+@pytest.mark.parametrize("branch_first", [False, True])
+def test_the_sum_has_one_dtype_whether_rows_ran_or_not(branch_first: bool):
+    shortcut = torch.randn(3, 4).bfloat16()
+    for rows, ran in ((Rows(3, none=True), 0), (Rows(3, torch.tensor([1])), 1), (Rows(3), 3)):
+        assert merge(shortcut, torch.randn(ran, 4), rows, branch_first).dtype is torch.float32

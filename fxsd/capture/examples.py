@@ -61,7 +61,7 @@ class Examples:
         if node.op == "placeholder":
             return without_values(self._inputs[str(node.target)], self._mode)  # a copy: the forward may write into it
         if node.op == "get_attr":
-            return self._fake(self._attribute(str(node.target)))
+            return self._fake(self.attribute(str(node.target)))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._values.__getitem__)
         if node.op == "call_function":
             return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -75,7 +75,8 @@ class Examples:
             with in_mode(module, False):  # what a module only looks at in training, NaNs for example, has no say in shapes
                 return torch.func.functional_call(module, state, args, kwargs)
 
-    def _attribute(self, name: str) -> Any:
+    def attribute(self, name: str) -> Any:
+        """What a `get_attr` node stands for."""
         path, _, last = name.rpartition(".")
         if last == "training":
             return self._training
