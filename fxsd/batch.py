@@ -20,10 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxsd.capture import Part
 from fxsd.capture.calls import Call, without_values
-from fxsd.capture.examples import Examples
+from fxsd.capture.examples import Examples, computed
 from fxsd.capture.modes import in_mode
 from fxsd.capture.signature import bind
+from fxsd.errors import told
 from fxsd.residual import Residual
+from fxsd.skip import empty_in_format
 from fxsd.values import written
 
 SIZES = (4, 6)  # of the batch, to see what goes with it
@@ -57,14 +59,16 @@ class Region:
 
 
 def find_regions(
-    part: Part, call: Call, residuals: Sequence[Residual], subset_batch_norm: bool = False, all_or_none: bool = False
+    part: Part, residuals: Sequence[Residual], subset_batch_norm: bool = False, all_or_none: bool = False
 ) -> list[Region | str]:
     """The region of each residual add of a part, or a sentence why it has to run on all rows.
 
     Runs the branches; the caller restores the model and the random states.
     """
+    if part.call is None:
+        return ["it is not known how the part of the model that it is in is called"] * len(residuals)
     try:
-        batch = Batch(part.module, part.graph, call, part.constants)
+        batch = Batch(part.module, part.graph, part.call, part.constants)
     except Illegal as error:
         return [str(error)] * len(residuals)
     adds = {residual.add for residual in residuals}
@@ -131,7 +135,7 @@ class Batch:
                 try:
                     values[node] = examples.value(node)
                 except Exception as error:
-                    raise Illegal(f"the model does not run with {size} samples: {node.name} fails ({_told(error)})") from error
+                    raise Illegal(f"the model does not run with {size} samples: {node.name} fails ({told(error)})") from error
                 if first:
                     self.flops[node] = counter.get_total_flops() - before
         return values
@@ -350,7 +354,7 @@ class _Probe:
                     return f"its branch writes into {changed[0]}, which comes from outside"
                 whole = self._run(self._given(_ROWS, _tainted))
             except Exception as error:
-                return f"its branch does not run on some of the samples ({_told(error)})"
+                return f"its branch does not run on some of the samples ({told(error)})"
         if not isinstance(part, Tensor) or part.shape[:1] != (2,) or not part.isfinite().all():
             return "its branch gives no finite numbers, one row a sample, for random input"
         if not isinstance(whole, Tensor) or whole.shape[:1] != (_ROWS,) or whole[1:].isnan().any():
@@ -382,16 +386,12 @@ class _Probe:
             if node is self.residual.existing:
                 known[node] = known[node.all_input_nodes[0]]
                 continue
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-            if node.op == "call_function":
-                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            elif node.op == "call_method":
-                known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                name = str(node.target)
-                state = self.parameters[name] | {key: tensor.clone() for key, tensor in self.called[name].named_buffers()}
-                known[node] = torch.func.functional_call(self.called[name], state, args, kwargs)
+            known[node] = computed(node, known, self._call)
         return known[self.residual.branch]
+
+    def _call(self, path: str, args: Any, kwargs: Any) -> Any:
+        state = self.parameters[path] | {key: tensor.clone() for key, tensor in self.called[path].named_buffers()}
+        return torch.func.functional_call(self.called[path], state, args, kwargs)
 
 
 class _NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -457,18 +457,12 @@ def _resized(call: Call, size: int, fakes: FakeTensorMode) -> Call:
 
 
 def _random(like: Tensor, rows: int | None, generator: torch.Generator) -> Tensor:
-    shape = list(like.shape) if rows is None else [rows, *like.shape[1:]]
-    steps = like.stride()
-    order = sorted(range(like.dim()), key=lambda dim: (-steps[dim], dim))
-    inverse = sorted(range(like.dim()), key=order.__getitem__)
-    ordered = [shape[dim] for dim in order]
-    if like.dtype.is_floating_point:
-        made = torch.randn(ordered, generator=generator).to(like.device, like.dtype)
-    elif like.dtype.is_complex:
-        made = torch.randn(ordered, generator=generator, dtype=torch.complex64).to(like.device, like.dtype)
-    else:
-        made = torch.full(ordered, like.dtype is torch.bool, dtype=like.dtype, device=like.device)
-    return made.permute(inverse)
+    """Numbers like those of `like`, in its memory format; of a mask, that nothing is masked; of whole numbers, 0."""
+    made, _ = empty_in_format(like, like.shape if rows is None else (rows, *like.shape[1:]))
+    if made.dtype.is_floating_point or made.dtype.is_complex:
+        drawn = torch.complex64 if made.dtype.is_complex else torch.float32
+        return made.copy_(torch.randn(made.shape, generator=generator, dtype=drawn))
+    return made.fill_(made.dtype is torch.bool)
 
 
 def _tainted(value: Tensor) -> Tensor:
@@ -504,7 +498,3 @@ def _copied(value: Any) -> Any:
 def _equal(a: Any, b: Any) -> bool:
     pairs = zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b), strict=True)
     return all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor))
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

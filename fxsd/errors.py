@@ -10,5 +10,10 @@ class FxsdError(Exception):
     """
 
 
+def told(error: Exception) -> str:
+    """What another library's error says, in a line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 class CaptureError(FxsdError):
     """The model, or a part of it that holds residual adds, cannot be captured as a graph."""

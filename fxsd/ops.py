@@ -14,7 +14,7 @@ branch r, rate p and q = 1 - p, `drop(r)` is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,12 +90,21 @@ class StochasticDepth(nn.Module):
             shape = [1] * branch.dim()
             if self.stochastic_method == "sample" and shape:
                 shape[0] = branch.shape[0]
-            # u >= p, not floor(q + u): exact at p = 0 and 1, unbiased at small p whatever the branch's dtype.
-            keep = torch.rand(shape, device=branch.device, dtype=torch.float32) >= self.drop_rate
-            # The small mask takes the scale, so that the branch is read and written once.
-            mask = keep if self.scaling == "inference" else keep / (1.0 - self.drop_rate).clamp(min=_TINY)
-            return branch * mask.to(branch.dtype)
+            return branch * self.draw_mask(shape, branch.device).to(branch.dtype)
         return branch * (1.0 - self.drop_rate).to(branch.dtype) if self.scaling == "inference" else branch
+
+    def draw_mask(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Draws what branches are multiplied by in training, of a small shape that broadcasts, so that they are read and written once."""
+        # u >= p, not floor(q + u): exact at p = 0 and 1, unbiased at small p whatever the branch's dtype.
+        keep = torch.rand(shape, device=device, dtype=torch.float32) >= self.drop_rate
+        return keep if self.scaling == "inference" else keep / self._keep_prob()
+
+    def training_scale(self) -> Tensor | None:
+        """What a branch that is kept is multiplied by in training; None for one."""
+        return None if self.scaling == "inference" else 1.0 / self._keep_prob()
+
+    def _keep_prob(self) -> Tensor:
+        return (1.0 - self.drop_rate).clamp(min=_TINY)
 
     def set_drop_rate(self, drop_rate: float) -> None:
         """Sets the rate in place, so that compiled code sees it without recompiling."""

@@ -19,7 +19,7 @@ from fxsd.capture import Captured, Part, capture
 from fxsd.capture.programs import within
 from fxsd.capture.snapshot import unchanged
 from fxsd.depth import depths, execution_order, prefixes
-from fxsd.errors import CaptureError, FxsdError
+from fxsd.errors import CaptureError, FxsdError, told
 from fxsd.options import Names, Options
 from fxsd.rates import Distribution, weights
 from fxsd.report import Analysis, stage
@@ -236,21 +236,18 @@ def _with_regions(captured: Captured, plans: Sequence[Plan], options: Options) -
     with unchanged(captured.model) as snapshot:
         for part in captured.parts:
             own = [plan for plan in plans if plan.residual.add.graph is part.graph]
-            if own and part.call is None:
-                found |= dict.fromkeys([plan.name for plan in own], "it is not known how the part of the model that it is in is called")
-            elif own and part.call is not None:
+            if own:
                 adds = [plan.residual for plan in own]
-                regions = find_regions(part, part.call, adds, options.subset_batch_norm, options.stochastic_method == "block")
+                regions = find_regions(part, adds, options.subset_batch_norm, options.stochastic_method == "block")
                 found |= dict(zip([plan.name for plan in own], regions, strict=True))
         snapshot.restore(captured.model)
-    if options.compute == "auto":
-        found = {
-            plan.name: gain if isinstance(region := found[plan.name], Region) and (gain := no_gain(region, plan.drop_rate)) else region
-            for plan in plans
-        }
-    return tuple(
-        replace(plan, reason=region) if isinstance(region := found[plan.name], str) else replace(plan, region=region) for plan in plans
-    )
+    return tuple(_with_region(plan, found[plan.name], options.compute == "auto") for plan in plans)
+
+
+def _with_region(plan: Plan, region: Region | str, if_it_pays: bool) -> Plan:
+    if if_it_pays and isinstance(region, Region):
+        region = no_gain(region, plan.drop_rate) or region
+    return replace(plan, reason=region) if isinstance(region, str) else replace(plan, region=region)
 
 
 def _check_reach(captured: Captured, found: Found, options: Options) -> None:
@@ -325,7 +322,7 @@ def _notes(captured: Captured, at_sites: Set[str], kept: Sequence[str]) -> tuple
     notes = [f"kept as a call: {why}" for why in captured.opaque.values()]
     notes += [f"kept as Python, with graphs in it: {why}{_lost(captured.hidden.get(path))}" for path, why in captured.failed.items()]
     if captured.run_error:
-        error = f"{type(captured.run_error).__name__}: {captured.run_error}".splitlines()[0]
+        error = told(captured.run_error)
         notes.append(f"the model does not run on example_inputs in eval mode ({error}), so its parts were captured without examples")
     elsewhere = sorted(captured.drop_paths - at_sites)
     if elsewhere:

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -93,10 +93,10 @@ def _rewrite_part(
     for plan in plans:
         path = part.to_local(plan.residual.module)
         home = root.get_submodule(path)
-        kwargs: dict[str, Any] = {}
+        make: Callable[..., StochasticDepth] = StochasticDepth
         if plan.region is not None:
-            kwargs = {"least_rows": plan.region.least_rows}
-        op = (StochasticDepth if plan.region is None else SkipStochasticDepth)(
+            make = partial(SkipStochasticDepth, least_rows=plan.region.least_rows)
+        op = make(
             plan.drop_rate,
             stochastic_method,
             scaling,
@@ -107,7 +107,6 @@ def _rewrite_part(
             reason=plan.reason,
             weight=plan.weight,
             device=_device(home, root),
-            **kwargs,
         ).train(home.training)
         target = _attach(home, path, op, numbers[home])
         if plan.region is None:

@@ -9,12 +9,13 @@ evaluation all rows run, and nothing is taken.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fxsd.ops import _TINY, StochasticDepth
+from fxsd.ops import StochasticDepth
 
 _PARTS = 1 << 40  # keep_prob in whole parts: a size that compiled code may compute with
 _SLACK = 1 << 20  # parts of a row that are rounding, not rate
@@ -70,38 +71,34 @@ class SkipStochasticDepth(StochasticDepth):
             return super().forward(like)
         batch = like.shape[0]
         if not self.training:
-            keep_prob = 1.0 - self.drop_rate
-            return Rows(batch, weight=None if self.scaling == "train" else keep_prob)
-        scale = None if self.scaling == "inference" else 1.0 / (1.0 - self.drop_rate).clamp(min=_TINY)
+            return Rows(batch, weight=None if self.scaling == "train" else 1.0 - self.drop_rate)
         if torch.compiler.is_compiling():
-            return self._draw_compiled(batch, like.device, scale)
-        return self._draw(batch, like.device, scale)
+            return self._draw_compiled(batch, like.device)
+        return self._draw(batch, like.device)
 
-    def _draw(self, batch: int, device: torch.device, scale: Tensor | None) -> Rows:
+    def _draw(self, batch: int, device: torch.device) -> Rows:
         if self._never_drops or batch == 0:
             return Rows(batch)
         if self.stochastic_method == "block":
             keep = torch.rand(()).item() < self._keep_parts / _PARTS
-            return Rows(batch, none=not keep, weight=scale)
+            return Rows(batch, weight=self.training_scale(), none=not keep)
         kept, rest = _whole_rows(batch, self._keep_parts)
         if batch - kept <= 1 and batch > 1:
             # At most one row is dropped, so there is nothing to gain.
-            return Rows(batch, weight=self._mask(batch, device, scale))
+            return Rows(batch, weight=self.draw_mask([batch], device).float())
         kept += int(rest > _SLACK and torch.rand(()).item() < rest / _PARTS)
         if kept == batch:
-            return Rows(batch, weight=scale)
+            return Rows(batch, weight=self.training_scale())
         run = max(kept, min(self.least_rows, batch))
         index = torch.randperm(batch, device=device)[:run]
         if run == kept:
-            return Rows(batch, index.sort().values, weight=scale)
-        weight = (torch.arange(run, device=device) < kept).float()
-        return Rows(batch, index, weight=weight if scale is None else weight * scale)
+            return Rows(batch, index.sort().values, weight=self.training_scale())
+        return Rows(batch, index, weight=self._weights(run, kept, device))
 
-    def _draw_compiled(self, batch: int, device: torch.device, scale: Tensor | None) -> Rows:
+    def _draw_compiled(self, batch: int, device: torch.device) -> Rows:
         if self.stochastic_method == "block":
             # A mask: in torch 2.14, Inductor gives wrong numbers for attention on rows whose number is drawn inside the graph.
-            weight = (torch.rand((), device=device) >= self.drop_rate).float()
-            return Rows(batch, weight=weight if scale is None else weight * scale)
+            return Rows(batch, weight=self.draw_mask([], device).float())
         parts = self._size.shape[0]
         whole, rest = _whole_rows(batch, parts)
         run = (batch * parts + _PARTS - 1 - _SLACK) // _PARTS
@@ -110,12 +107,12 @@ class SkipStochasticDepth(StochasticDepth):
         order = torch.rand(batch, device=device).argsort()
         one_more = (torch.rand((), device=device) < rest / _PARTS) & (self.drop_rate < 1.0)
         kept = whole + one_more
-        weight = (torch.arange(run, device=device) < kept).float()
-        return Rows(batch, order[:run], order.argsort(), weight=weight if scale is None else weight * scale)
+        return Rows(batch, order[:run], order.argsort(), self._weights(run, kept, device))
 
-    def _mask(self, batch: int, device: torch.device, scale: Tensor | None) -> Tensor:
-        keep = (torch.rand(batch, device=device) >= self.drop_rate).float()
-        return keep if scale is None else keep * scale
+    def _weights(self, run: int, kept: int | Tensor, device: torch.device) -> Tensor:
+        """Those of the rows that run, of which the first `kept` are kept."""
+        weights, scale = (torch.arange(run, device=device) < kept).float(), self.training_scale()
+        return weights if scale is None else weights * scale
 
     def set_drop_rate(self, drop_rate: float) -> None:
         super().set_drop_rate(drop_rate)
@@ -188,7 +185,7 @@ def _select(value: Tensor, index: Tensor) -> Tensor:
     """Rows of `value`, in its memory format."""
     if torch.compiler.is_compiling() or value.is_contiguous():
         return value.index_select(0, index)
-    taken, order = _empty_like(value, index.shape[0])
+    taken, order = empty_in_format(value, (index.shape[0], *value.shape[1:]))
     torch.index_select(value.permute(order), order.index(0), index, out=taken.permute(order))
     return taken
 
@@ -202,21 +199,20 @@ def _add_rows(base: Tensor, index: Tensor, place: Tensor | None, value: Tensor, 
         return base + torch.where(ran, value.index_select(0, place.clamp(max=index.shape[0] - 1)), 0)
     if base.is_contiguous() and like.is_contiguous():
         return base.index_add(0, index, value)
-    added, order = _empty_like(like, base.shape[0])
+    added, order = empty_in_format(like, base.shape)
     added.copy_(base)
     added.permute(order).index_add_(order.index(0), index, value.permute(order))
     return added
 
 
-def _empty_like(like: Tensor, rows: int) -> tuple[Tensor, list[int]]:
-    """A new tensor with so many rows in the memory format of `like`, and its dims from the largest stride to the smallest.
+def empty_in_format(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """A new tensor of a shape in the memory format of `like`, and its dims from the largest stride to the smallest.
 
     It is no view, so that what comes after may write into it.
     """
     steps = like.stride() if 0 not in like.stride() else [0] * like.dim()  # expanded: contiguous, as an add of it is
     order = sorted(range(like.dim()), key=lambda dim: (-steps[dim], dim))
     strides, size = [0] * like.dim(), 1
-    shape = (rows, *like.shape[1:])
     for dim in reversed(order):
         strides[dim], size = size, size * shape[dim]
     return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device), order

@@ -38,7 +38,7 @@ def forced(table: Table) -> Iterator[None]:
     def mask(self: StochasticDepth, branch: Tensor) -> Tensor:
         return branch * table(self.site, branch.shape[0]).to(branch.dtype).view([-1] + [1] * (branch.dim() - 1))
 
-    def rows(self: SkipStochasticDepth, batch: int, device: torch.device, scale: Tensor | None) -> Rows:
+    def rows(self: SkipStochasticDepth, batch: int, device: torch.device) -> Rows:
         keep = table(self.site, batch)
         index = keep.nonzero()[:, 0]
         if len(index) >= self.least_rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,6 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxsd.capture.calls import without_values
 from fxsd.capture.modes import in_mode
+
+
+def computed(node: fx.Node, known: Mapping[fx.Node, Any], call_module: Callable[[str, Any, Any], Any]) -> Any:
+    """What a call gives, from the values of what enters it. `call_module` is given a path, args and kwargs."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return call_module(str(node.target), args, kwargs)
 
 
 class Examples:
@@ -62,12 +72,10 @@ class Examples:
             return without_values(self._inputs[str(node.target)], self._mode)  # a copy: the forward may write into it
         if node.op == "get_attr":
             return self._fake(self.attribute(str(node.target)))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._values.__getitem__)
-        if node.op == "call_function":
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        module = self._root.get_submodule(str(node.target))
+        return computed(node, self._values, self._call)
+
+    def _call(self, path: str, args: Any, kwargs: Any) -> Any:
+        module = self._root.get_submodule(path)
         state = {name: self._fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
         try:
             return torch.func.functional_call(module, state, args, kwargs)
