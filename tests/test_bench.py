@@ -188,6 +188,7 @@ def test_the_json_has_a_row_for_each_model_and_each_graph(tool: ModuleType, tmp_
         ("chain", 3, 3),
         ("chain", 6, 6),
         ("fan", 4, 4),
+        ("cross", 4, 4),
         ("nest", 4, 4),
     ]
     for row in figures["growth"]:

@@ -27,6 +27,21 @@ class Net(nn.Module):
         return x + self.b(x)
 
 
+class Sometimes(nn.Module):
+    """Stochastic depth that no library has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x * (torch.rand(len(x), *[1] * (x.dim() - 1)) < 0.5) if self.training else x
+
+
+class Dropping(Net):
+    """Drops branches by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a.append(Sometimes())
+
+
 class Saves(nn.Module):
     """Keeps its input and the logarithm of it, once each, and its weight, for backward."""
 
@@ -41,7 +56,7 @@ class Saves(nn.Module):
 @pytest.fixture(autouse=True)
 def _fast(tool: ModuleType, monkeypatch: pytest.MonkeyPatch):
     """Without the collections of garbage, which take most of the time where little is measured."""
-    monkeypatch.setattr(tool.gc, "collect", lambda *args: 0)
+    monkeypatch.setattr(tool.measuring.gc, "collect", lambda *args: 0)
 
 
 def quiet(text: str, done: int = 0) -> None:
@@ -82,6 +97,13 @@ def test_the_small_models_are_built_without_stochastic_depth_of_their_own(tool: 
         assert model.training
         assert shape[:1] == (3,)
         assert {module.p for module in model.modules() if isinstance(module, StochasticDepth)} <= {0.0}
+
+
+def test_stochastic_depth_of_the_models_own_is_taken_out_whatever_it_is_called(tool: ModuleType):
+    model, shape = importlib.import_module("subjects").trainable("test_stepping:Dropping", (8,))
+    assert shape == (8,)
+    assert not any(type(module).__name__ == "Sometimes" for module in model.modules())
+    assert len(list(model.parameters())) == 8
 
 
 def test_compiled_steps_count_their_graphs(tool: ModuleType):

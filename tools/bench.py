@@ -220,7 +220,7 @@ def _sizes(args: argparse.Namespace) -> list[tuple[str, int]]:
     long, wide = ((250, 1_000), (50, 200)) if args.quick else ((5_000, 10_000, 20_000), (500, 1_000, 2_000))
     chains = long if args.chain is None else args.chain
     merges = wide if args.merges is None else args.merges
-    return [("chain", n) for n in chains] + [(graph, n) for graph in ("fan", "nest") for n in merges]
+    return [("chain", n) for n in chains] + [(graph, n) for graph in growing.GRAPHS if graph != "chain" for n in merges]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import measuring
 import torch
-from measuring import quiet
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
 from variants import BASE, MASK, TIMM, TORCHVISION, Missing, timm_drop_path
@@ -51,18 +48,8 @@ class AddDropped:
 
 
 def op_ms(work: AddDropped) -> float:
-    """CPU time of the process for one forward and backward, or on a GPU the time of the clock until it is idle. In ms."""
-    gpu = work.x.is_cuda
-    clock = time.perf_counter if gpu else time.process_time
-    gc.collect()
-    with quiet():
-        if gpu:
-            torch.cuda.synchronize()
-        began = clock()
-        work()
-        if gpu:
-            torch.cuda.synchronize()
-    return (clock() - began) * 1e3 / work.times
+    """How long one forward and backward takes, as `measuring.busy_ms` has it."""
+    return measuring.busy_ms(work, work.x.is_cuda) / work.times
 
 
 def measure_ops(

@@ -71,6 +71,20 @@ def milliseconds(work: Callable[[], object]) -> float:
     return taken * 1e3
 
 
+def busy_ms(work: Callable[[], object], gpu: bool) -> float:
+    """How long `work` keeps the machine busy: the process's CPU time, or on a GPU that of the clock until it is idle. In ms."""
+    clock = time.perf_counter if gpu else time.process_time
+    gc.collect()
+    with quiet():
+        if gpu:
+            torch.cuda.synchronize()
+        began = clock()
+        work()
+        if gpu:
+            torch.cuda.synchronize()
+        return (clock() - began) * 1e3
+
+
 def medianed(times: Sequence[float]) -> float | None:
     return median(times) if times else None
 

@@ -6,7 +6,6 @@ FLOPs of forward and backward over those of the model without, the mean of sever
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -113,19 +112,8 @@ class Step:
 
 
 def step_ms(step: Step) -> float:
-    """How long a step takes: seconds of the process's CPU time, or on a GPU those of the clock until it is idle. In ms."""
-    with quiet():
-        step.ready()
-        gc.collect()
-        if step.x.is_cuda:
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            step()
-            torch.cuda.synchronize()
-            return (time.perf_counter() - began) * 1e3
-        began = time.process_time()
-        step()
-        return (time.process_time() - began) * 1e3
+    """How long a step takes, as `measuring.busy_ms` has it."""
+    return measuring.busy_ms(step.ready(), step.x.is_cuda)
 
 
 def saved_bytes(step: Step) -> int:

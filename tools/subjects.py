@@ -11,6 +11,7 @@ from torchvision import models
 from visualize import load
 
 from fxsd import FxsdError
+from fxsd.capture.droppath import drop_paths
 
 SMALL: Mapping[str, tuple[Callable[[], nn.Module], int]] = {  # name -> builder, and the side of an image that is quick on a CPU
     "vit": (lambda: models.VisionTransformer(96, 8, 12, 3, 192, 768, num_classes=10), 96),
@@ -57,10 +58,11 @@ def trainable(name: str, shape: tuple[int, ...] | None) -> tuple[nn.Module, tupl
         make, side = SMALL[name]
         return make().train(), (3, side, side)
     model = build(name).train()
-    for module in model.modules():
-        for rate in ("drop_prob", "p"):
-            if type(module).__name__ in ("DropPath", "StochasticDepth") and hasattr(module, rate):
-                setattr(module, rate, 0.0)
+    own = drop_paths(model)
+    for module in list(model.modules()):
+        for child_name, child in list(module.named_children()):
+            if child in own:
+                setattr(module, child_name, nn.Identity())
     known = example_shape(name, model)
     found = known[1:] if known else shape
     if not found:
