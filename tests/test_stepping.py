@@ -123,10 +123,18 @@ def test_a_variant_that_there_is_not_is_a_row_that_says_why(tool: ModuleType, mo
 
 
 def test_saved_bytes_are_those_of_distinct_storages_that_are_not_the_model_s(tool: ModuleType):
-    x = torch.rand(4, 16)
+    x = torch.rand(4, 16, requires_grad=True)  # so that the weight is kept too
     weightless = tool.saved_bytes(tool.Step(Saves(), x))
     squares = 4 * 16 * 4  # of the loss, which squares the same storage that exp keeps
     assert weightless == x.nbytes + squares
+
+
+def test_the_rate_rises_from_nought_in_a_warm_up(tool: ModuleType):
+    gm, seen = fxsd.transform(Net(), 0.5, drop_distribution="uniform"), []
+    gm.register_forward_pre_hook(lambda module, args: seen.append(fxsd.sites(gm)[0].drop_rate))
+    tool._warm_up(tool.Step(gm, torch.randn(4, 8)), 0.5)
+    assert seen == sorted(set(seen))
+    assert (len(seen), seen[0], seen[-1]) == (tool.WARM_UP, 0.0, 0.5)
 
 
 def test_a_step_sets_its_rate_and_leaves_no_gradient_of_an_earlier_one(tool: ModuleType):
