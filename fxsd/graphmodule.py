@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
@@ -152,7 +153,7 @@ class _Tree:
             self._copies[module] = new = object.__new__(type(module))
             new.__dict__.update(module.__dict__)
             for hooks in _HOOKS:
-                new.__dict__[hooks] = module.__dict__[hooks].copy() if module.__dict__.get(hooks) else {}
+                new.__dict__[hooks] = OrderedDict(module.__dict__.get(hooks) or {})  # no dict: the handles of hooks refer to it weakly
             new.__dict__["_modules"] = {
                 name: child if child is None else self._copy(child, opened) for name, child in module._modules.items()
             }

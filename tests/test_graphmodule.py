@@ -170,3 +170,18 @@ def test_a_transformed_model_has_the_methods_and_properties_of_its_class():
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(gm.features(x), model.features(x))
     assert isinstance(copy.deepcopy(gm), Named)
+
+
+def test_hooks_can_be_registered_on_a_transformed_model_and_not_on_the_original_by_it():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
+    gm = fxsd.transform(model, 0.5, example_inputs=(torch.zeros(2, 3, 4),))
+    seen = []
+    for module in (gm, gm[0]):
+        module.register_forward_pre_hook(lambda module, args: seen.append("before")).remove()
+    handle = gm.register_forward_hook(lambda module, args, output: seen.append("after"))
+    gm(torch.zeros(2, 3, 4))
+    model(torch.zeros(2, 3, 4))
+    assert seen == ["after"]
+    handle.remove()
+    gm(torch.zeros(2, 3, 4))
+    assert seen == ["after"]
