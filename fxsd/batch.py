@@ -26,7 +26,7 @@ from fxsd.capture.signature import bind
 from fxsd.errors import told
 from fxsd.residual import Residual
 from fxsd.skip import empty_in_format
-from fxsd.values import written
+from fxsd.values import is_plain_add, written
 
 SIZES = (4, 6)  # of the batch, to see what goes with it
 # FLOPs saved for each value of the residual stream from which on skipping beat the mask, on a CPU, for branches of 16 to 1024 FLOPs a
@@ -49,6 +49,8 @@ class Region:
         counts: whole numbers from outside that are so many times the number of rows.
         work: FLOPs of the branch for each value that it adds.
         least_rows: how many rows it needs: 0, 1, or 2 for batch statistics.
+        merges: its add is the sum of two values and no more.
+        stays: why compiled code cannot leave it out as a whole, "" if it can.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -56,6 +58,8 @@ class Region:
     counts: Mapping[fx.Node, int]
     work: float
     least_rows: int
+    merges: bool
+    stays: str = ""
 
 
 def find_regions(
@@ -166,7 +170,11 @@ class Batch:
         probe = _Probe(self.module, residual, nodes, given, set(entries), counts)
         least_rows = probe.on_none() if all_or_none else probe.least_rows(subset_batch_norm)
         work = sum(self.flops[node] for node in nodes) / max(self.values[0][residual.branch].numel(), 1)
-        return Region(tuple(nodes), tuple(entries), counts, work, least_rows)
+        merges = is_plain_add(residual.add) and [arg is residual.branch for arg in residual.add.args].count(False) == 1
+        stays = "" if merges else "its add is more than the sum of two values"
+        if probe.writes:
+            stays = f"its branch writes into the buffers of {probe.writes}"
+        return Region(tuple(nodes), tuple(entries), counts, work, least_rows, merges, stays)
 
     def _between(self, residual: Residual) -> list[fx.Node]:
         """What is computed from the fork for the branch alone, and the checks on it, in graph order."""
@@ -302,6 +310,7 @@ class _Probe:
         counts: Mapping[fx.Node, int],
     ) -> None:
         self.module, self.residual, self.nodes, self.outside, self.entries, self.counts = module, residual, nodes, given, entries, counts
+        self.writes = ""  # what has changed its buffers
         self.called = {name: module.get_submodule(name) for name in (str(node.target) for node in nodes if node.op == "call_module")}
         self.parameters = {
             name: {key: _awake(parameter.detach()).clone() for key, parameter in called.named_parameters()}
@@ -390,8 +399,11 @@ class _Probe:
         return known[self.residual.branch]
 
     def _call(self, path: str, args: Any, kwargs: Any) -> Any:
-        state = self.parameters[path] | {key: tensor.clone() for key, tensor in self.called[path].named_buffers()}
-        return torch.func.functional_call(self.called[path], state, args, kwargs)
+        buffers = {key: tensor.clone() for key, tensor in self.called[path].named_buffers()}
+        result = torch.func.functional_call(self.called[path], self.parameters[path] | buffers, args, kwargs)
+        if any(tensor._version for tensor in buffers.values()):
+            self.writes = self.writes or path
+        return result
 
 
 class _NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ import copy
 import operator
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -22,7 +22,9 @@ import torch
 from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 
+from fxsd.conditional import conditional
 from fxsd.ops import StochasticDepth
+from fxsd.skip import SkipStochasticDepth
 
 META = "fxsd"  # the key of fxsd's own entries in node.meta
 CONSTANTS = "fxsd_constants"  # the module that holds tensors made while tracing
@@ -44,17 +46,35 @@ class StochasticGraphModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         code = super().recompile()
-        if self.eval_graph is not None:
-            cls = type(self)
-            train = cls.forward
-            source = self.eval_graph.python_code(root_module="self")
-            evaluate = _forward_from_src(source.src, source.globals, {})
+        cls = type(self)
+        train = cls.forward
+        evaluate = train if self.eval_graph is None else _function(self.eval_graph)
+        compiled = self._conditional_forward() or train
+        if evaluate is not train or compiled is not train:
 
             def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                return train(self, *args, **kwargs) if self.training else evaluate(self, *args, **kwargs)
+                if not self.training:
+                    return evaluate(self, *args, **kwargs)
+                if torch.compiler.is_dynamo_compiling():
+                    return compiled(self, *args, **kwargs)
+                return train(self, *args, **kwargs)
 
             cls.forward = forward
         return code
+
+    def _conditional_forward(self) -> Callable[..., Any] | None:
+        """What compiled code runs in training where it may leave branches out."""
+        ops = {
+            str(node.target): op
+            for node in self.graph.nodes
+            if node.op == "call_module" and isinstance(op := self.get_submodule(str(node.target)), SkipStochasticDepth) and op.conditional
+        }
+        if not ops:
+            return None
+        graph, branches = conditional(copy_graph(self.graph), ops)
+        for name, branch in branches.items():
+            setattr(type(self), name, _function(branch))
+        return _function(graph)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StochasticGraphModule:
         memo[id(self)] = gm = _empty(type(self))
@@ -122,6 +142,12 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
         result.meta = copy.copy(old.meta)
     new._codegen = copy.deepcopy(graph._codegen)
     return new
+
+
+def _function(graph: fx.Graph) -> Callable[..., Any]:
+    """The code of a graph, as a method."""
+    source = graph.python_code(root_module="self")
+    return _forward_from_src(source.src, source.globals, {})
 
 
 @cache

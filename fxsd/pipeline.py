@@ -241,13 +241,16 @@ def _with_regions(captured: Captured, plans: Sequence[Plan], options: Options) -
                 regions = find_regions(part, adds, options.subset_batch_norm, options.stochastic_method == "block")
                 found |= dict(zip([plan.name for plan in own], regions, strict=True))
         snapshot.restore(captured.model)
-    return tuple(_with_region(plan, found[plan.name], options.compute == "auto") for plan in plans)
+    return tuple(_with_region(plan, found[plan.name], options) for plan in plans)
 
 
-def _with_region(plan: Plan, region: Region | str, if_it_pays: bool) -> Plan:
-    if if_it_pays and isinstance(region, Region):
+def _with_region(plan: Plan, region: Region | str, options: Options) -> Plan:
+    if options.compute == "auto" and isinstance(region, Region):
         region = no_gain(region, plan.drop_rate) or region
-    return replace(plan, reason=region) if isinstance(region, str) else replace(plan, region=region)
+    if isinstance(region, str):
+        return replace(plan, reason=region)
+    stays = options.stochastic_method == "block" and region.stays
+    return replace(plan, region=region, reason=f"compiled code takes the mask: {stays}" if stays else "")
 
 
 def _check_reach(captured: Captured, found: Found, options: Options) -> None:

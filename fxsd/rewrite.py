@@ -31,7 +31,6 @@ from fxsd.graphmodule import META, StochasticGraphModule, build, replace_inside,
 from fxsd.ops import StochasticDepth
 from fxsd.residual import Residual
 from fxsd.skip import SkipStochasticDepth, fork, merge, spread, take
-from fxsd.values import is_plain_add
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,8 @@ def _rewrite_part(
         home = root.get_submodule(path)
         make: Callable[..., StochasticDepth] = StochasticDepth
         if plan.region is not None:
-            make = partial(SkipStochasticDepth, least_rows=plan.region.least_rows)
+            whole = stochastic_method == "block" and not plan.region.stays
+            make = partial(SkipStochasticDepth, least_rows=plan.region.least_rows, conditional=whole)
         op = make(
             plan.drop_rate,
             stochastic_method,
@@ -166,13 +166,12 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
     branch = retired.get(residual.branch, residual.branch)
     nodes = [node for node in region.nodes if node not in retired]
     sides = [arg for arg in add.args if arg is not branch]
-    fused = is_plain_add(add) and len(sides) == 1
     with graph.inserting_before(nodes[0]):
         rows = graph.call_module(target, (retired.get(region.entries[0], region.entries[0]),))
     taken = []
     for entry in dict.fromkeys(retired.get(entry, entry) for entry in region.entries):
         with graph.inserting_before(next(node for node in nodes if entry in node.all_input_nodes)):  # it may be computed after `rows`
-            if fused and entry is sides[0]:
+            if region.merges and entry is sides[0]:
                 both = graph.call_function(fork, (entry, rows))
                 sides = [graph.call_function(operator.getitem, (both, 0))]
                 taken.append(graph.call_function(operator.getitem, (both, 1)))
@@ -186,7 +185,7 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
             for node in nodes:
                 node.replace_input_with(number, count)
     _mark(rows, residual, retired)
-    if fused:
+    if region.merges:
         add.op, add.target, add.args, add.kwargs = "call_function", merge, (sides[0], branch, rows, add.args[0] is branch), {}
         return
     with graph.inserting_before(add):

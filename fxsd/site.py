@@ -27,7 +27,7 @@ class ResidualSite:
         compute: `"mask"`: the branch is computed and multiplied by 0 or 1. `"skip"`: it is not computed for dropped samples.
         add, branch, shortcut, fork: nodes of the graph; both operands come from `fork`. In a transformed model `branch` is what
             enters the site's op.
-        reason: why the branch is not skipped, where that was asked for.
+        reason: why the branch is not skipped, or not by compiled code, where that was asked for.
     """
 
     name: str

@@ -30,6 +30,7 @@ class Rows(NamedTuple):
         place: for each row its place in `taken`, or any number beyond; compiled code only.
         weight: what the branch is multiplied by, None for one: a number, or one for each row that runs.
         none: no row runs, instead of `taken`.
+        keep: whether all rows run, or none, is what this says; compiled code only.
     """
 
     batch: int
@@ -37,6 +38,7 @@ class Rows(NamedTuple):
     place: Tensor | None = None
     weight: Tensor | None = None
     none: bool = False
+    keep: Tensor | None = None
 
 
 class SkipStochasticDepth(StochasticDepth):
@@ -45,6 +47,7 @@ class SkipStochasticDepth(StochasticDepth):
     Args:
         drop_rate, stochastic_method, scaling, ...: as for `StochasticDepth`. With `"block"` all rows run, or none.
         least_rows: how many rows the branch must get, those of weight 0 included; it may need one, or two for batch statistics.
+        conditional: compiled code may leave the branch out by `torch.cond`; only for `"block"`.
 
     Shape:
         - Input: any tensor with the batch in dim 0, of which only the size and the device matter.
@@ -61,9 +64,9 @@ class SkipStochasticDepth(StochasticDepth):
 
     compute = "skip"
 
-    def __init__(self, drop_rate: float, *args: Any, least_rows: int = 1, **kwargs: Any) -> None:
+    def __init__(self, drop_rate: float, *args: Any, least_rows: int = 1, conditional: bool = False, **kwargs: Any) -> None:
         super().__init__(drop_rate, *args, **kwargs)
-        self.least_rows = least_rows
+        self.least_rows, self.conditional = least_rows, conditional
         self._set_parts()
 
     def forward(self, like: Tensor, mask: bool = False) -> Rows | Tensor:  # type: ignore[override]
@@ -97,7 +100,7 @@ class SkipStochasticDepth(StochasticDepth):
 
     def _draw_compiled(self, batch: int, device: torch.device) -> Rows:
         if self.stochastic_method == "block":
-            # A mask: in torch 2.14, Inductor gives wrong numbers for attention on rows whose number is drawn inside the graph.
+            # A mask. Where compiled code can do better it calls `draw_whole`.
             return Rows(batch, weight=self.draw_mask([], device).float())
         parts = self._size.shape[0]
         whole, rest = _whole_rows(batch, parts)
@@ -108,6 +111,10 @@ class SkipStochasticDepth(StochasticDepth):
         one_more = (torch.rand((), device=device) < rest / _PARTS) & (self.drop_rate < 1.0)
         kept = whole + one_more
         return Rows(batch, order[:run], order.argsort(), self._weights(run, kept, device))
+
+    def draw_whole(self, like: Tensor) -> Rows:
+        """Draws in training whether the branch runs, for `torch.cond`."""
+        return Rows(like.shape[0], weight=self.training_scale(), keep=self.draw_mask([], like.device).bool())
 
     def _weights(self, run: int, kept: int | Tensor, device: torch.device) -> Tensor:
         """Those of the rows that run, of which the first `kept` are kept."""

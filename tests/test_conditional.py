@@ -1,0 +1,151 @@
+"""Branches that compiled code leaves out as a whole: against the mask of the same draws, which rates of 0 and 1 force."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torchvision.models.convnext import CNBlockConfig
+
+import fxsd
+from fxsd.ops import StochasticDepth
+from fxsd.skip import SkipStochasticDepth
+
+
+class Block(nn.Module):
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.norm, self.linear, self.scale = nn.LayerNorm(6), nn.Linear(6, 6), nn.Parameter(torch.tensor(0.5))
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(self.norm(x)).view(x.shape[0], 2, 3).tanh().view(x.shape) * self.scale
+        return y + x if self.first else x + y
+
+
+def toy() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Linear(6, 6), Block(True), Block(False), nn.Linear(6, 2)), torch.randn(3, 6)
+
+
+def vit() -> tuple[nn.Module, Tensor]:
+    model = torchvision.models.VisionTransformer(16, 8, 1, 2, 8, 16, num_classes=2)
+    nn.init.normal_(model.heads.head.weight)
+    return model, torch.randn(2, 3, 16, 16)
+
+
+def convnext() -> tuple[nn.Module, Tensor]:
+    model = torchvision.models.ConvNeXt([CNBlockConfig(8, None, 2)], stochastic_depth_prob=0.0, num_classes=2)
+    for name, parameter in model.named_parameters():
+        if name.endswith("layer_scale"):
+            nn.init.ones_(parameter)
+    return model, torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+
+
+def group_norm() -> tuple[nn.Module, Tensor]:
+    block = torchvision.models.resnet.BasicBlock(4, 4, norm_layer=lambda channels: nn.GroupNorm(2, channels))
+    return nn.Sequential(nn.Conv2d(3, 4, 3), block, nn.Flatten(), nn.LazyLinear(2)), torch.randn(2, 3, 8, 8)
+
+
+def transformed(build: Callable[[], tuple[nn.Module, Tensor]], compute: str, scaling: str = "inference") -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, x = build()
+    model, x = model.double(), x.double()
+    model(x)
+    return fxsd.transform(model.train(), 0.5, stochastic_method="block", compute=compute, scaling=scaling, example_inputs=(x,)), x
+
+
+def ops(module: nn.Module) -> list[StochasticDepth]:
+    return [op for op in module.modules() if isinstance(op, StochasticDepth)]
+
+
+def run(module: nn.Module, drops: tuple[int, ...], owner: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output and gradients where these branches are dropped."""
+    for op, drop in zip(ops(owner), drops, strict=True):
+        op.set_drop_rate(float(drop))
+    leaf = x.clone().requires_grad_()
+    out = module(leaf)
+    return [out, *torch.autograd.grad(out.square().sum(), [leaf, *owner.parameters()])]
+
+
+@pytest.mark.parametrize("build", [toy, vit, convnext, group_norm])
+def test_compiled_blocks_are_those_of_the_mask(build: Callable[[], tuple[nn.Module, Tensor]]) -> None:
+    gm, x = transformed(build, "skip")
+    mask = fxsd.transform(gm, 0.5, stochastic_method="block")
+    sites = ops(gm)
+    assert all(isinstance(op, SkipStochasticDepth) and op.conditional for op in sites)
+    assert {site.reason for site in fxsd.sites(gm)} == {""}
+    compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
+    before = counters["stats"]["unique_graphs"]
+    for drops in itertools.product((0, 1), repeat=len(sites)):
+        got, want = run(compiled, drops, gm, x), run(mask, drops, mask, x)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert counters["stats"]["unique_graphs"] == before + 1
+
+
+def test_a_branch_that_is_dropped_does_not_run() -> None:
+    gm, x = transformed(toy, "skip")
+    nn.init.constant_(gm.get_submodule("1.linear").weight, torch.nan)  # type: ignore[arg-type]
+    compiled = torch.compile(gm, fullgraph=True, backend="eager")
+    assert all(value.isfinite().all() for value in run(compiled, (1, 0), gm, x))
+    assert run(compiled, (0, 0), gm, x)[0].isnan().all()
+
+
+def test_blocks_are_dropped_at_their_rate_and_the_kept_are_scaled() -> None:
+    torch._dynamo.reset()
+    gm = fxsd.transform(
+        nn.Sequential(Block(False)), 0.3, stochastic_method="block", compute="skip", scaling="train", example_inputs=(torch.ones(2, 6),)
+    )
+    x = torch.randn(2, 6)
+    branch = gm.get_submodule("0")(x) - x  # the copy of the block, without the op
+    compiled = torch.compile(gm, fullgraph=True, backend="eager")
+    torch.manual_seed(1)
+    times = 600
+    kept = 0
+    for _ in range(times):
+        with torch.no_grad():
+            added = compiled(x) - x
+        if added.any():
+            torch.testing.assert_close(added, branch / 0.7)
+            kept += 1
+    assert abs(kept / times - 0.7) < 3 * (0.21 / times) ** 0.5
+
+
+def test_branches_that_write_buffers_take_the_mask_and_say_so() -> None:
+    def build() -> tuple[nn.Module, Tensor]:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), torchvision.models.resnet.BasicBlock(4, 4)), torch.randn(2, 3, 8, 8)
+
+    gm, x = transformed(build, "skip")
+    (site,) = fxsd.sites(gm)
+    assert site.compute == "skip"
+    assert site.reason == "compiled code takes the mask: its branch writes into the buffers of 1.bn1"
+    mask = fxsd.transform(gm, 0.5, stochastic_method="block")
+    compiled = torch.compile(gm, fullgraph=True, backend="eager")
+    for drops in ((0,), (1,)):
+        for a, b in zip(run(compiled, drops, gm, x), run(mask, drops, mask, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_evaluation_copies_and_pickles_are_as_of_any_model() -> None:
+    gm, x = transformed(toy, "skip")
+    for other in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        assert list(other.state_dict()) == list(gm.state_dict())
+        compiled = torch.compile(other, fullgraph=True, backend="eager")
+        for drops in ((1, 0), (0, 1)):
+            torch.testing.assert_close(run(compiled, drops, other, x)[0], run(gm, drops, gm, x)[0])
+        torch.testing.assert_close(compiled.eval()(x), gm.eval()(x))
+        gm.train()
+
+
+def test_the_sample_method_is_not_conditional() -> None:
+    model, x = toy()
+    gm = fxsd.transform(model, 0.5, compute="skip", example_inputs=(x,))
+    assert not any(op.conditional for op in ops(gm) if isinstance(op, SkipStochasticDepth))
