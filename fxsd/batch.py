@@ -172,9 +172,7 @@ class Batch:
         work = sum(self.flops[node] for node in nodes) / max(self.values[0][residual.branch].numel(), 1)
         merges = is_plain_add(residual.add) and [arg is residual.branch for arg in residual.add.args].count(False) == 1
         stays = "" if merges else "its add is more than the sum of two values"
-        if probe.writes:
-            stays = f"its branch writes into the buffers of {probe.writes}"
-        return Region(tuple(nodes), tuple(entries), counts, work, least_rows, merges, stays)
+        return Region(tuple(nodes), tuple(entries), counts, work, least_rows, merges, stays or probe.stays)
 
     def _between(self, residual: Residual) -> list[fx.Node]:
         """What is computed from the fork for the branch alone, and the checks on it, in graph order."""
@@ -310,7 +308,7 @@ class _Probe:
         counts: Mapping[fx.Node, int],
     ) -> None:
         self.module, self.residual, self.nodes, self.outside, self.entries, self.counts = module, residual, nodes, given, entries, counts
-        self.writes = ""  # what has changed its buffers
+        self.stays = ""  # why torch.cond cannot leave it out; known once it has run
         self.called = {name: module.get_submodule(name) for name in (str(node.target) for node in nodes if node.op == "call_module")}
         self.parameters = {
             name: {key: _awake(parameter.detach()).clone() for key, parameter in called.named_parameters()}
@@ -402,7 +400,7 @@ class _Probe:
         buffers = {key: tensor.clone() for key, tensor in self.called[path].named_buffers()}
         result = torch.func.functional_call(self.called[path], self.parameters[path] | buffers, args, kwargs)
         if any(tensor._version for tensor in buffers.values()):
-            self.writes = self.writes or path
+            self.stays = f"its branch writes into the buffers of {path}"
         return result
 
 

@@ -5,75 +5,51 @@ Eager code runs a dropped branch on no rows. Compiled code cannot ask how a draw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxsd.skip import Rows, SkipStochasticDepth, fork, merge, take
+from fxsd.skip import Rows, fork, merge, take
 
 BRANCH = "_conditional_branch"  # begins the names of the methods that compute branches
 
 
-def conditional(graph: fx.Graph, ops: Mapping[str, SkipStochasticDepth]) -> tuple[fx.Graph, dict[str, fx.Graph]]:
-    """A graph with a `torch.cond` at each site of `ops`, and the graphs of the methods for the branches, by name.
+def conditional(graph: fx.Graph, owner: nn.Module, targets: Collection[str]) -> tuple[fx.Graph, dict[str, fx.Graph]]:
+    """A graph with a `torch.cond` at each of some sites, and the graphs of the methods for their branches, by name.
 
     Args:
         graph: is edited.
-        ops: those whose branch may be left out by compiled code, by their target in `graph`.
+        owner: of its modules.
+        targets: ops whose branch compiled code may leave out.
     """
-    sites = [node for node in graph.nodes if node.op == "call_module" and node.target in ops]
-    branches = {f"{BRANCH}_{number}": _outlined(rows, f"{BRANCH}_{number}") for number, rows in enumerate(sites)}
-    return graph, branches
+    sites = [node for node in graph.nodes if node.op == "call_module" and node.target in targets]
+    return graph, {f"{BRANCH}_{number}": _outlined(rows, owner, f"{BRANCH}_{number}") for number, rows in enumerate(sites)}
 
 
-def _outlined(rows: fx.Node, name: str) -> fx.Graph:
+def _outlined(rows: fx.Node, owner: nn.Module, name: str) -> fx.Graph:
     """Moves the branch of a site out of the graph, and returns its own."""
     graph = rows.graph
     rows.target = f"{rows.target}.draw_whole"
     for user in list(rows.users):
         if user.target is fork:
-            shortcut, taken = (next((part for part in user.users if part.args[1] == place), None) for place in (0, 1))
-            if shortcut is not None:
-                shortcut.replace_all_uses_with(user.args[0])  # type: ignore[arg-type]
-                graph.erase_node(shortcut)
-            if taken is not None:
-                user.target, user.args = take, user.args
-                taken.replace_all_uses_with(user)
-                graph.erase_node(taken)
+            user.target = take
+            for part in list(user.users):
+                part.replace_all_uses_with(user if part.args[1] else user.args[0])  # type: ignore[arg-type]
+                graph.erase_node(part)
     takes = {user: user.args[0] for user in rows.users if user.target is take}
     (added,) = (user for user in rows.users if user.target is merge)
     inside: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        if node in takes or (node is not added and not inside.keys().isdisjoint(node.all_input_nodes)):
-            inside[node] = None
         if node is added:
             break
-    return _moved(rows, added, takes, inside, name)
-
-
-def _moved(rows: fx.Node, added: fx.Node, takes: Mapping[fx.Node, Any], inside: dict[fx.Node, None], name: str) -> fx.Graph:
-    branch, graph = fx.Graph(), rows.graph
-    own: dict[fx.Node, fx.Node] = {}
-    read = [arg for node in inside for arg in ([takes[node]] if node in takes else node.all_input_nodes)]
-    outside = dict.fromkeys(arg for arg in read if arg not in inside)
-    for arg in outside:
-        own[arg] = branch.placeholder(arg.name)
-    for node in inside:
-        if node in takes:
-            own[node] = own[takes[node]]
-            continue
-        own[node] = new = branch.node_copy(node, own.__getitem__)
-        if new.op == "call_module":
-            with branch.inserting_before(new):
-                module = branch.get_attr(str(new.target))
-            new.op, new.target, new.args = "call_function", call_in_layout, (module, *new.args)
-    shortcut, result, _, _ = added.args
-    branch.output(own[result])  # type: ignore[index]
+        if node in takes or not inside.keys().isdisjoint(node.all_input_nodes):
+            inside[node] = None
+    branch, values, parameters = _copied(inside, takes, added, owner)
     with graph.inserting_before(added):
-        method = graph.get_attr(name)
-        whole = graph.call_function(run_or_not, (method, rows, shortcut, *outside))
+        shared = tuple(graph.get_attr(path) for path in parameters)
+        whole = graph.call_function(run_or_not, (graph.get_attr(name), rows, added.args[0], tuple(values), shared))
     added.replace_all_uses_with(whole)
     graph.erase_node(added)
     for node in reversed(inside):
@@ -81,42 +57,77 @@ def _moved(rows: fx.Node, added: fx.Node, takes: Mapping[fx.Node, Any], inside: 
     return branch
 
 
-def run_or_not(branch: Callable[..., Tensor], rows: Rows, shortcut: Tensor, *values: Any) -> Tensor:
-    """`merge` with what `branch` gives for `values` where the draw says so, else the shortcut.
+def _copied(
+    inside: Iterable[fx.Node], takes: Mapping[fx.Node, Any], added: fx.Node, owner: nn.Module
+) -> tuple[fx.Graph, list[fx.Node], list[str]]:
+    """A graph of the nodes in a branch, what goes into it, and then the paths of its modules' parameters, which go in too."""
+    branch, inside = fx.Graph(), list(inside)
+    own: dict[fx.Node, fx.Node] = {}
+    read = [arg for node in inside for arg in ([takes[node]] if node in takes else node.all_input_nodes)]
+    values = list(dict.fromkeys(arg for arg in read if arg not in inside))
+    for number, arg in enumerate(values):
+        own[arg] = branch.placeholder(f"value_{number}")
+    called = dict.fromkeys(str(node.target) for node in inside if node.op == "call_module")
+    paths: dict[nn.Parameter, str] = {}  # each once
+    for target in called:
+        for key, parameter in owner.get_submodule(target).named_parameters():
+            paths.setdefault(parameter, f"{target}.{key}")
+    parameters = {parameter: branch.placeholder(f"parameter_{number}") for number, parameter in enumerate(paths)}
+    for node in inside:
+        if node in takes:
+            own[node] = own[takes[node]]
+        elif node.op == "call_module":
+            module = owner.get_submodule(str(node.target))
+            state = {key: parameters[parameter] for key, parameter in module.named_parameters()}
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), own.__getitem__)
+            own[node] = branch.call_function(torch.func.functional_call, (branch.get_attr(str(node.target)), state, args, kwargs))
+        else:
+            own[node] = branch.node_copy(node, own.__getitem__)
+    branch.output(own[added.args[1]])  # type: ignore[index]
+    return branch, values, list(paths.values())
 
-    Both ways have to give results, and gradients, of one layout: that of the shortcut, and of what the gradients are for.
+
+def run_or_not(branch: Callable[..., Tensor], rows: Rows, shortcut: Tensor, values: Sequence[Any], parameters: Sequence[Tensor]) -> Tensor:
+    """`merge` with what `branch` gives for `values` and `parameters` where the draw says so, else the shortcut.
+
+    Tensors go in and out flat: both ways have to have results and gradients of one layout, and Inductor, which gives convolutions layouts
+    of its own, does not keep the one that it promises.
     """
+    whole = _Layout.of(shortcut)
+    kept = whole.flat(shortcut)
+    # Values are copied, for no two may share memory.
+    layouts = [_Layout.of(value) if isinstance(value, Tensor) else None for value in (*values, *parameters)]
+    flat = [
+        kept if value is shortcut else value if layout is None else layout.flat(value).clone()
+        for value, layout in zip(values, layouts, strict=False)
+    ]
+    flat += [layout.flat(parameter) for parameter, layout in zip(parameters, layouts[len(values) :], strict=True) if layout is not None]
 
     def run() -> Tensor:
-        return merge(_in_layout(shortcut), branch(*map(_in_layout, values)), rows)
+        inner = [value if layout is None else layout.of_flat(value) for value, layout in zip(flat, layouts, strict=True)]
+        return whole.flat(merge(whole.of_flat(kept), branch(*inner), rows))
 
     def leave_out() -> Tensor:
-        return _in_layout(shortcut).clone()  # no result may be an input
+        return kept.clone()  # no result may be an input
 
     assert rows.keep is not None
-    return torch.cond(rows.keep, run, leave_out)  # type: ignore[no-any-return]
+    return whole.of_flat(torch.cond(rows.keep, run, leave_out))
 
 
-def call_in_layout(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Calls a module so that the gradients of its parameters have the layout of the parameters."""
-    parameters = {name: _in_layout(parameter) for name, parameter in module.named_parameters()}
-    return torch.func.functional_call(module, parameters, args, kwargs)
+class _Layout(NamedTuple):
+    """How tensors become flat, and come back."""
 
-
-def _in_layout(value: Any) -> Any:
-    """`value`, whose gradient will have its layout."""
-    return _InLayout.apply(value) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-class _InLayout(torch.autograd.Function):
-    @staticmethod
-    def forward(value: Tensor) -> Tensor:
-        return value.view_as(value)
+    order: list[int]  # dims from the largest stride to the smallest
+    shape: list[int]  # in that order
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
+    def of(like: Tensor) -> _Layout:
+        strides = like.stride()
+        order = sorted(range(like.dim()), key=lambda dim: -strides[dim])
+        return _Layout(order, [like.shape[dim] for dim in order])
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return torch.empty_like(ctx.saved_tensors[0]).copy_(grad)
+    def flat(self, value: Tensor) -> Tensor:
+        return value.permute(self.order).reshape(-1)
+
+    def of_flat(self, flat: Tensor) -> Tensor:
+        return flat.view(self.shape).permute([self.order.index(dim) for dim in range(len(self.order))])

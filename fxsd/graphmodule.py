@@ -64,14 +64,11 @@ class StochasticGraphModule(fx.GraphModule):
 
     def _conditional_forward(self) -> Callable[..., Any] | None:
         """What compiled code runs in training where it may leave branches out."""
-        ops = {
-            str(node.target): op
-            for node in self.graph.nodes
-            if node.op == "call_module" and isinstance(op := self.get_submodule(str(node.target)), SkipStochasticDepth) and op.conditional
-        }
-        if not ops:
+        called = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
+        targets = {path for path in called if isinstance(op := self.get_submodule(path), SkipStochasticDepth) and op.conditional}
+        if not targets:
             return None
-        graph, branches = conditional(copy_graph(self.graph), ops)
+        graph, branches = conditional(copy_graph(self.graph), self, targets)
         for name, branch in branches.items():
             setattr(type(self), name, _function(branch))
         return _function(graph)

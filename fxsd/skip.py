@@ -67,6 +67,7 @@ class SkipStochasticDepth(StochasticDepth):
     def __init__(self, drop_rate: float, *args: Any, least_rows: int = 1, conditional: bool = False, **kwargs: Any) -> None:
         super().__init__(drop_rate, *args, **kwargs)
         self.least_rows, self.conditional = least_rows, conditional
+        self.moved = False  # has the rate been another one?
         self._set_parts()
 
     def forward(self, like: Tensor, mask: bool = False) -> Rows | Tensor:  # type: ignore[override]
@@ -104,6 +105,9 @@ class SkipStochasticDepth(StochasticDepth):
             return Rows(batch, weight=self.draw_mask([], device).float())
         parts = self._size.shape[0]
         whole, rest = _whole_rows(batch, parts)
+        if not self.moved and batch - whole <= 1 and batch > 1:
+            # At most one row is dropped. A rate that moves shall not be asked: the answer would be compiled in.
+            return Rows(batch, weight=self.draw_mask([batch], device).float())
         run = (batch * parts + _PARTS - 1 - _SLACK) // _PARTS
         if self.least_rows > 1:
             run = torch.sym_min(torch.sym_max(run, self.least_rows), batch)  # type: ignore[assignment]
@@ -122,15 +126,18 @@ class SkipStochasticDepth(StochasticDepth):
         return weights if scale is None else weights * scale
 
     def set_drop_rate(self, drop_rate: float) -> None:
+        self.moved = self.moved or drop_rate != self.rate
         super().set_drop_rate(drop_rate)
         self._set_parts()
 
     def _set_parts(self) -> None:
         self._keep_parts = round((1.0 - self.rate) * _PARTS)
-        # No buffer: the rate is its *size*, which compiled code takes for a variable, so that it can move without compiling again.
-        # Compiled code takes the sizes 0 and 1 for constants, of itself and of the rows that run, so that one row has to.
+        # No buffer: the rate is its *size*, which compiled code can take for a variable, so that it can move without compiling again. That
+        # costs compile time, so it is one only once the rate has moved. The sizes 0 and 1 are constants to compiled code, of itself
+        # and of the rows that run, so that one row has to.
         self._size = torch.empty(max(self._keep_parts, 2 * _SLACK), 0)
-        torch._dynamo.maybe_mark_dynamic(self._size, 0)
+        if self.moved:
+            torch._dynamo.maybe_mark_dynamic(self._size, 0)
 
 
 def _whole_rows(batch: int, keep_parts: int) -> tuple[int, int]:

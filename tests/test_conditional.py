@@ -40,17 +40,29 @@ def vit() -> tuple[nn.Module, Tensor]:
     return model, torch.randn(2, 3, 16, 16)
 
 
+def pooling() -> tuple[nn.Module, Tensor]:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.pool = nn.GroupNorm(1, 4), nn.AvgPool2d(3, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.pool(self.norm(x))
+
+    return nn.Sequential(nn.Conv2d(3, 4, 3), Pool(), nn.Conv2d(4, 4, 3), Pool(), nn.Flatten(), nn.Linear(64, 2)), torch.randn(2, 3, 8, 8)
+
+
 def convnext() -> tuple[nn.Module, Tensor]:
     model = torchvision.models.ConvNeXt([CNBlockConfig(8, None, 2)], stochastic_depth_prob=0.0, num_classes=2)
     for name, parameter in model.named_parameters():
         if name.endswith("layer_scale"):
             nn.init.ones_(parameter)
-    return model, torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last), torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
 
 
 def group_norm() -> tuple[nn.Module, Tensor]:
     block = torchvision.models.resnet.BasicBlock(4, 4, norm_layer=lambda channels: nn.GroupNorm(2, channels))
-    return nn.Sequential(nn.Conv2d(3, 4, 3), block, nn.Flatten(), nn.LazyLinear(2)), torch.randn(2, 3, 8, 8)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), block, nn.Flatten(), nn.Linear(144, 2)), torch.randn(2, 3, 8, 8)
 
 
 def transformed(build: Callable[[], tuple[nn.Module, Tensor]], compute: str, scaling: str = "inference") -> tuple[nn.Module, Tensor]:
@@ -72,10 +84,10 @@ def run(module: nn.Module, drops: tuple[int, ...], owner: nn.Module, x: Tensor) 
         op.set_drop_rate(float(drop))
     leaf = x.clone().requires_grad_()
     out = module(leaf)
-    return [out, *torch.autograd.grad(out.square().sum(), [leaf, *owner.parameters()])]
+    return [out, *torch.autograd.grad(out.square().sum(), [leaf, *owner.parameters()], materialize_grads=True)]
 
 
-@pytest.mark.parametrize("build", [toy, vit, convnext, group_norm])
+@pytest.mark.parametrize("build", [toy, vit, pooling, convnext, group_norm])
 def test_compiled_blocks_are_those_of_the_mask(build: Callable[[], tuple[nn.Module, Tensor]]) -> None:
     gm, x = transformed(build, "skip")
     mask = fxsd.transform(gm, 0.5, stochastic_method="block")
@@ -119,14 +131,26 @@ def test_blocks_are_dropped_at_their_rate_and_the_kept_are_scaled() -> None:
     assert abs(kept / times - 0.7) < 3 * (0.21 / times) ** 0.5
 
 
-def test_branches_that_write_buffers_take_the_mask_and_say_so() -> None:
+class Scaled(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.linear(self.norm(x)).tanh(), alpha=2)
+
+
+@pytest.mark.parametrize(
+    ("block", "why"),
+    [
+        (lambda: torchvision.models.resnet.BasicBlock(6, 6), "its branch writes into the buffers of 1.bn2"),
+        (lambda: Scaled(True), "its add is more than the sum of two values"),
+    ],
+)
+def test_branches_that_cannot_be_left_out_take_the_mask_and_say_so(block: Callable[[], nn.Module], why: str) -> None:
     def build() -> tuple[nn.Module, Tensor]:
-        return nn.Sequential(nn.Conv2d(3, 4, 3), torchvision.models.resnet.BasicBlock(4, 4)), torch.randn(2, 3, 8, 8)
+        return nn.Sequential(nn.Conv2d(6, 6, 1), block()), torch.randn(2, 6, 6, 6)
 
     gm, x = transformed(build, "skip")
     (site,) = fxsd.sites(gm)
     assert site.compute == "skip"
-    assert site.reason == "compiled code takes the mask: its branch writes into the buffers of 1.bn1"
+    assert site.reason == f"compiled code takes the mask: {why}"
     mask = fxsd.transform(gm, 0.5, stochastic_method="block")
     compiled = torch.compile(gm, fullgraph=True, backend="eager")
     for drops in ((0,), (1,)):
