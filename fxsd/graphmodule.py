@@ -13,7 +13,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from types import MappingProxyType, MethodType
 from typing import Any, ClassVar, cast
@@ -52,6 +52,7 @@ class StochasticGraphModule(fx.GraphModule):
         compiled = self._conditional_forward() or train
         if evaluate is not train or compiled is not train:
 
+            @wraps(train)  # its signature
             def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 if not self.training:
                     return evaluate(self, *args, **kwargs)

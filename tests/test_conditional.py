@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import pickle
 from collections.abc import Callable
@@ -167,6 +168,11 @@ def test_evaluation_copies_and_pickles_are_as_of_any_model() -> None:
             torch.testing.assert_close(run(compiled, drops, other, x)[0], run(gm, drops, gm, x)[0])
         torch.testing.assert_close(compiled.eval()(x), gm.eval()(x))
         gm.train()
+
+
+def test_the_signature_stays() -> None:
+    gm, _ = transformed(toy, "skip")
+    assert list(inspect.signature(gm.forward).parameters) == ["input"]
 
 
 def test_the_sample_method_is_not_conditional() -> None:
