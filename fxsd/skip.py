@@ -111,9 +111,9 @@ class SkipStochasticDepth(StochasticDepth):
         run = (batch * parts + _PARTS - 1 - _SLACK) // _PARTS
         if self.least_rows > 1:
             run = torch.sym_min(torch.sym_max(run, self.least_rows), batch)  # type: ignore[assignment]
-        order = torch.rand(batch, device=device).argsort()
-        one_more = (torch.rand((), device=device) < rest / _PARTS) & (self.drop_rate < 1.0)
-        kept = whole + one_more
+        order = torch.randperm(batch, device=device)
+        chance = torch.full((), rest / _PARTS, device=device) * (self.drop_rate < 1.0)
+        kept = whole + torch.binomial(torch.ones_like(chance), chance)
         return Rows(batch, order[:run], order.argsort(), self._weights(run, kept, device))
 
     def draw_whole(self, like: Tensor) -> Rows:

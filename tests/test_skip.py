@@ -378,7 +378,37 @@ def test_compiled_rates_and_batch_sizes_move_without_compiling_each():
 
 
 @compiled_code
-def test_compiled_code_drops_as_often_and_has_the_gradients_of_the_rows_that_ran():
+def test_sizes_are_constants_until_a_rate_moves():
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(any(isinstance(value, torch.SymInt) for value in inputs))
+        return graph
+
+    gm = skipping(mlps(2), torch.randn(2, 5, WIDTH), include=None)
+    compiled, x = torch.compile(gm, fullgraph=True, backend=backend), torch.randn(8, 5, WIDTH)
+    for rate in (0.5, 0.5):
+        fxsd.set_drop_rate(gm, rate)
+        compiled(x)
+    assert seen == [False]
+    for rate in (0.4, 0.3, 0.0, 0.5):
+        fxsd.set_drop_rate(gm, rate)
+        compiled(x)
+    assert seen == [False, True]
+
+
+@compiled_code
+def test_compiled_code_takes_the_mask_where_less_than_a_row_is_dropped():
+    torch._dynamo.reset()
+    for rate, taken in ((0.1, False), (0.4, True)):
+        op = SkipStochasticDepth(rate)
+        assert (torch.compile(lambda x, op=op: op(x).taken, backend="eager", fullgraph=True)(torch.randn(8, 2)) is not None) is taken
+
+
+@compiled_code
+@pytest.mark.parametrize("moves", [False, True])
+def test_compiled_code_drops_as_often_and_has_the_gradients_of_the_rows_that_ran(moves):
     torch._dynamo.reset()
     model = mlps(1)
     gm = skipping(model, torch.randn(2, 5, WIDTH), include=None, scaling="train")
@@ -386,6 +416,10 @@ def test_compiled_code_drops_as_often_and_has_the_gradients_of_the_rows_that_ran
     x, parameters, calls, counts = torch.randn(9, 5, WIDTH), list(gm.parameters()), 200, torch.zeros(9)
     full = model.get_submodule("0.f")(model.get_submodule("0.norm")(x)).detach()
     fxsd.set_drop_rate(gm, 0.3)
+    for op in gm.modules():
+        if isinstance(op, SkipStochasticDepth):
+            op.moved = moves
+            op.set_drop_rate(op.rate)
     for call in range(calls):
         out = compiled(x)
         keep = ((out - x).abs().amax((1, 2)) > 0).detach()
