@@ -10,6 +10,7 @@ from fxsd.errors import CaptureError, FxsdError
 from fxsd.pipeline import analyze, transform
 from fxsd.report import Analysis
 from fxsd.residual import RejectedAdd
+from fxsd.schedule import DropRateSchedule
 from fxsd.site import ResidualSite, set_drop_rate, sites
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Analysis",
     "CaptureError",
+    "DropRateSchedule",
     "FxsdError",
     "RejectedAdd",
     "ResidualSite",

@@ -64,8 +64,21 @@ def sites(gm: nn.Module) -> tuple[ResidualSite, ...]:
     return tuple(chain.from_iterable(found))
 
 
+def get_drop_rate(gm: nn.Module) -> float:
+    """The model-wide rate, which `set_drop_rate` sets: that of a site over its share.
+
+    Raises:
+        FxsdError: there is no transformed model in `gm`.
+    """
+    ops = _ops(gm)
+    heaviest = max(ops, key=lambda op: op.weight, default=None)
+    return heaviest.rate / heaviest.weight if heaviest is not None and heaviest.weight else 0.0
+
+
 def set_drop_rate(gm: nn.Module, drop_rate: float) -> None:
-    """Moves the rates of all sites in place, keeping their distribution. Compiled code sees it without recompiling.
+    """Moves the rates of all sites in place, keeping their distribution.
+
+    Compiled code sees it without compiling again in mask mode. Where it skips branches it compiles once more, the first time a rate moves.
 
     Where the distribution stated rates itself (a sequence or a mapping), they keep their proportions and the largest becomes `drop_rate`.
 
@@ -84,7 +97,7 @@ def set_drop_rate(gm: nn.Module, drop_rate: float) -> None:
         {0.0}
     """
     rate = check_rate("drop_rate", drop_rate)
-    ops = [module for part in _graph_modules(gm) for module in part.modules() if isinstance(module, StochasticDepth)]
+    ops = _ops(gm)
     top = largest_rate([op.weight for op in ops])
     if rate > top:
         raise FxsdError(
@@ -93,6 +106,10 @@ def set_drop_rate(gm: nn.Module, drop_rate: float) -> None:
         )
     for op in ops:
         op.set_drop_rate(rate * op.weight)
+
+
+def _ops(gm: nn.Module) -> list[StochasticDepth]:
+    return [module for part in _graph_modules(gm) for module in part.modules() if isinstance(module, StochasticDepth)]
 
 
 def _graph_modules(gm: nn.Module) -> list[StochasticGraphModule]:
