@@ -32,7 +32,7 @@ def step(args: argparse.Namespace) -> None:
     rows: list[StepRow] = []
     crossings: list[BreakEven] = []
     for name, (model, shape) in subjects.items():
-        batch = args.batch or (16 if name == "vit" else 8)
+        batch = args.batch or (SMALL[name][2] if name in SMALL else 8)
         own: list[StepRow] = []
         with measuring.progress(len(rates) * len(_modes(args)) + len(_modes(args)) * bool(args.break_even)) as say:
             for mode in _modes(args):
@@ -153,7 +153,7 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     names = f"{', '.join(SMALL)}, torchvision:NAME, timm:NAME or package.module:factory; may be given several times; default vit"
     parser.add_argument("--model", metavar="MODEL", action="append", help=names)
     parser.add_argument("--shape", metavar="3x224x224", type=shape, help="of one sample, where the name of the model does not tell")
-    parser.add_argument("--batch", metavar="N", type=positive, help="samples in a step; default 16 for vit, else 8")
+    parser.add_argument("--batch", metavar="N", type=positive, help="samples in a step; default what is quick for the model, else 8")
     rate = "a distribution and a rate, such as linear:.4; may be given several times; default uniform:.5"
     parser.add_argument("--rate", metavar="NAME:P", type=_spread, action="append", help=rate)
     parser.add_argument("--variant", choices=LABELS, action="append", help="only these, and the base; may be given several times")
