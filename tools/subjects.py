@@ -13,7 +13,7 @@ from visualize import load
 from fxsd import FxsdError
 from fxsd.capture.droppath import drop_paths
 
-# name -> builder, and the side of an image and a batch that are quick on a CPU; under 16 samples torch's convolutions take a slower way there
+# name -> builder, and the side of an image and a batch that are quick on a CPU. Torch's convolutions are slow there under 16 samples.
 SMALL: Mapping[str, tuple[Callable[[], nn.Module], int, int]] = {
     "vit": (lambda: models.VisionTransformer(96, 8, 12, 3, 192, 768, num_classes=10), 96, 16),
     "swin_t": (lambda: models.SwinTransformer([4, 4], 96, [2, 2, 6, 2], [3, 6, 12, 24], [7, 7], stochastic_depth_prob=0.0), 112, 8),
