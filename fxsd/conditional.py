@@ -5,7 +5,7 @@ Eager code runs a dropped branch on no rows. Compiled code cannot ask how a draw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,19 +16,18 @@ from fxsd.skip import Rows, fork, merge, take
 BRANCH = "_conditional_branch"  # begins the names of the methods that compute branches
 
 
-def conditional(graph: fx.Graph, owner: nn.Module, targets: Collection[str]) -> tuple[fx.Graph, dict[str, fx.Graph]]:
+def conditional(graph: fx.Graph, targets: Collection[str]) -> tuple[fx.Graph, dict[str, fx.Graph]]:
     """A graph with a `torch.cond` at each of some sites, and the graphs of the methods for their branches, by name.
 
     Args:
         graph: is edited.
-        owner: of its modules.
         targets: ops whose branch compiled code may leave out.
     """
     sites = [node for node in graph.nodes if node.op == "call_module" and node.target in targets]
-    return graph, {f"{BRANCH}_{number}": _outlined(rows, owner, f"{BRANCH}_{number}") for number, rows in enumerate(sites)}
+    return graph, {f"{BRANCH}_{number}": _outlined(rows, f"{BRANCH}_{number}") for number, rows in enumerate(sites)}
 
 
-def _outlined(rows: fx.Node, owner: nn.Module, name: str) -> fx.Graph:
+def _outlined(rows: fx.Node, name: str) -> fx.Graph:
     """Moves the branch of a site out of the graph, and returns its own."""
     graph = rows.graph
     rows.target = f"{rows.target}.draw_whole"
@@ -46,66 +45,71 @@ def _outlined(rows: fx.Node, owner: nn.Module, name: str) -> fx.Graph:
             break
         if node in takes or not inside.keys().isdisjoint(node.all_input_nodes):
             inside[node] = None
-    branch, values, parameters = _copied(inside, takes, added, owner)
+    branch, values, modules = _copied(inside, takes, added)
     with graph.inserting_before(added):
-        shared = tuple(graph.get_attr(path) for path in parameters)
-        whole = graph.call_function(run_or_not, (graph.get_attr(name), rows, added.args[0], tuple(values), shared))
+        called = tuple(graph.get_attr(path) for path in modules)
+        whole = graph.call_function(run_or_not, (graph.get_attr(name), rows, added.args[0], tuple(values), called))
     added.replace_all_uses_with(whole)
     graph.erase_node(added)
     for node in reversed(inside):
-        graph.erase_node(node)
+        if node in takes:
+            node.replace_all_uses_with(takes[node])  # type: ignore[arg-type]
+        if not node.users:  # a number that goes with no row may be used elsewhere too
+            graph.erase_node(node)
     return branch
 
 
-def _copied(
-    inside: Iterable[fx.Node], takes: Mapping[fx.Node, Any], added: fx.Node, owner: nn.Module
-) -> tuple[fx.Graph, list[fx.Node], list[str]]:
-    """A graph of the nodes in a branch, what goes into it, and then the paths of its modules' parameters, which go in too."""
-    branch, inside = fx.Graph(), list(inside)
+def _copied(inside: Collection[fx.Node], takes: Mapping[fx.Node, Any], added: fx.Node) -> tuple[fx.Graph, list[fx.Node], list[str]]:
+    """A graph of the nodes in a branch, what goes into it, and the paths of its modules, whose parameters go in too."""
+    branch = fx.Graph()
     own: dict[fx.Node, fx.Node] = {}
     read = [arg for node in inside for arg in ([takes[node]] if node in takes else node.all_input_nodes)]
     values = list(dict.fromkeys(arg for arg in read if arg not in inside))
     for number, arg in enumerate(values):
         own[arg] = branch.placeholder(f"value_{number}")
-    called = dict.fromkeys(str(node.target) for node in inside if node.op == "call_module")
-    paths: dict[nn.Parameter, str] = {}  # each once
-    for target in called:
-        for key, parameter in owner.get_submodule(target).named_parameters():
-            paths.setdefault(parameter, f"{target}.{key}")
-    parameters = {parameter: branch.placeholder(f"parameter_{number}") for number, parameter in enumerate(paths)}
+    modules = list(dict.fromkeys(str(node.target) for node in inside if node.op == "call_module"))
+    parameters = {path: branch.placeholder(f"parameters_{number}") for number, path in enumerate(modules)}
     for node in inside:
         if node in takes:
             own[node] = own[takes[node]]
         elif node.op == "call_module":
-            module = owner.get_submodule(str(node.target))
-            state = {key: parameters[parameter] for key, parameter in module.named_parameters()}
+            path = str(node.target)
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), own.__getitem__)
-            own[node] = branch.call_function(torch.func.functional_call, (branch.get_attr(str(node.target)), state, args, kwargs))
+            own[node] = branch.call_function(torch.func.functional_call, (branch.get_attr(path), parameters[path], args, kwargs))
         else:
             own[node] = branch.node_copy(node, own.__getitem__)
     branch.output(own[added.args[1]])  # type: ignore[index]
-    return branch, values, list(paths.values())
+    return branch, values, modules
 
 
-def run_or_not(branch: Callable[..., Tensor], rows: Rows, shortcut: Tensor, values: Sequence[Any], parameters: Sequence[Tensor]) -> Tensor:
-    """`merge` with what `branch` gives for `values` and `parameters` where the draw says so, else the shortcut.
+def run_or_not(branch: Callable[..., Tensor], rows: Rows, shortcut: Tensor, values: Sequence[Any], modules: Sequence[nn.Module]) -> Tensor:
+    """`merge` with what `branch` gives for `values` and the parameters of `modules` where the draw says so, else the shortcut.
 
     Tensors go in and out flat: both ways have to have results and gradients of one layout, and Inductor, which gives convolutions layouts
-    of its own, does not keep the one that it promises.
+    of its own, does not keep the one that it promises. No two may share memory, so that what may be part of another is copied.
     """
     whole = _Layout.of(shortcut)
     kept = whole.flat(shortcut)
-    # Values are copied, for no two may share memory.
-    layouts = [_Layout.of(value) if isinstance(value, Tensor) else None for value in (*values, *parameters)]
+    layouts = [_Layout.of(value) if isinstance(value, Tensor) else None for value in values]
     flat = [
         kept if value is shortcut else value if layout is None else layout.flat(value).clone()
-        for value, layout in zip(values, layouts, strict=False)
+        for value, layout in zip(values, layouts, strict=True)
     ]
-    flat += [layout.flat(parameter) for parameter, layout in zip(parameters, layouts[len(values) :], strict=True) if layout is not None]
+    seen: list[Tensor] = []
+    states = []
+    for module in modules:
+        state = {}
+        for name, parameter in module.named_parameters():
+            layout = _Layout.of(parameter)
+            tied = any(parameter is other for other in seen)
+            state[name] = (layout, layout.flat(parameter).clone() if tied else layout.flat(parameter))
+            seen.append(parameter)
+        states.append(state)
 
     def run() -> Tensor:
-        inner = [value if layout is None else layout.of_flat(value) for value, layout in zip(flat, layouts, strict=True)]
-        return whole.flat(merge(whole.of_flat(kept), branch(*inner), rows))
+        given = [value if layout is None else layout.of_flat(value) for value, layout in zip(flat, layouts, strict=True)]
+        parameters = [{name: layout.of_flat(value) for name, (layout, value) in state.items()} for state in states]
+        return whole.flat(merge(whole.of_flat(kept), branch(*given, *parameters), rows))
 
     def leave_out() -> Tensor:
         return kept.clone()  # no result may be an input

@@ -69,7 +69,7 @@ class StochasticGraphModule(fx.GraphModule):
         targets = {path for path in called if isinstance(op := self.get_submodule(path), SkipStochasticDepth) and op.conditional}
         if not targets:
             return None
-        graph, branches = conditional(copy_graph(self.graph), self, targets)
+        graph, branches = conditional(copy_graph(self.graph), targets)
         for name, branch in branches.items():
             setattr(type(self), name, _function(branch))
         return _function(graph)

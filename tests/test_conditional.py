@@ -35,6 +35,25 @@ def toy() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(nn.Linear(6, 6), Block(True), Block(False), nn.Linear(6, 2)), torch.randn(3, 6)
 
 
+class SizeUsedTwice(Block):
+    """A size that is read in the branch and used behind the add, a weight that two modules share, and one that is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+        self.other = nn.Linear(6, 6)
+        self.other.weight = self.linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        width = y.shape[1]
+        y = self.other(self.linear(y).view(-1, width).tanh() * self.scale) + self.scale
+        return (x + y).view(-1, width) * 2
+
+
+def shared() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Linear(6, 6), SizeUsedTwice(), SizeUsedTwice()), torch.randn(3, 6)
+
+
 def vit() -> tuple[nn.Module, Tensor]:
     model = torchvision.models.VisionTransformer(16, 8, 1, 2, 8, 16, num_classes=2)
     nn.init.normal_(model.heads.head.weight)
@@ -88,7 +107,7 @@ def run(module: nn.Module, drops: tuple[int, ...], owner: nn.Module, x: Tensor) 
     return [out, *torch.autograd.grad(out.square().sum(), [leaf, *owner.parameters()], materialize_grads=True)]
 
 
-@pytest.mark.parametrize("build", [toy, vit, pooling, convnext, group_norm])
+@pytest.mark.parametrize("build", [toy, shared, vit, pooling, convnext, group_norm])
 def test_compiled_blocks_are_those_of_the_mask(build: Callable[[], tuple[nn.Module, Tensor]]) -> None:
     gm, x = transformed(build, "skip")
     mask = fxsd.transform(gm, 0.5, stochastic_method="block")
@@ -173,6 +192,26 @@ def test_evaluation_copies_and_pickles_are_as_of_any_model() -> None:
 def test_the_signature_stays() -> None:
     gm, _ = transformed(toy, "skip")
     assert list(inspect.signature(gm.forward).parameters) == ["input"]
+
+
+def test_parameters_that_are_parametrized_later_are_seen() -> None:
+    gm, x = transformed(toy, "skip")
+    torch.nn.utils.parametrizations.weight_norm(gm.get_submodule("1.linear"))
+    compiled = torch.compile(gm, fullgraph=True, backend="eager")
+    for a, b in zip(run(compiled, (0, 0), gm, x), run(gm, (0, 0), gm, x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    gm, x = transformed(vit, "skip")
+    gm, x = gm.float(), x.float()
+    compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
+    for drops in ((0, 0), (0, 1)):
+        with torch.autocast("cpu", dtype):
+            got, want = run(compiled, drops, gm, x), run(gm, drops, gm, x)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
 
 
 def test_the_sample_method_is_not_conditional() -> None:
