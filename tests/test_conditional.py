@@ -36,17 +36,19 @@ def toy() -> tuple[nn.Module, Tensor]:
 
 
 class SizeUsedTwice(Block):
-    """A size that is read in the branch and used behind the add, a weight that two modules share, and one that is read twice."""
+    """A size that is read in the branch and used behind the add, a weight that two modules share, and two views of another."""
 
     def __init__(self) -> None:
         super().__init__(False)
         self.other = nn.Linear(6, 6)
         self.other.weight = self.linear.weight
+        self.table = nn.Parameter(torch.randn(2, 6))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
         width = y.shape[1]
-        y = self.other(self.linear(y).view(-1, width).tanh() * self.scale) + self.scale
+        times, plus = self.table.unbind(0)
+        y = self.other(self.linear(y).view(-1, width).tanh() * times) + plus
         return (x + y).view(-1, width) * 2
 
 
