@@ -48,7 +48,8 @@ def _outlined(rows: fx.Node, name: str) -> fx.Graph:
     branch, values, modules = _copied(inside, takes, added)
     with graph.inserting_before(added):
         called = tuple(graph.get_attr(path) for path in modules)
-        whole = graph.call_function(run_or_not, (graph.get_attr(name), rows, added.args[0], tuple(values), called))
+        have_rows = tuple(value in takes.values() for value in values)
+        whole = graph.call_function(run_or_not, (graph.get_attr(name), rows, added.args[0], tuple(values), have_rows, called))
     added.replace_all_uses_with(whole)
     graph.erase_node(added)
     for node in reversed(inside):
@@ -82,8 +83,18 @@ def _copied(inside: Collection[fx.Node], takes: Mapping[fx.Node, Any], added: fx
     return branch, values, modules
 
 
-def run_or_not(branch: Callable[..., Tensor], rows: Rows, shortcut: Tensor, values: Sequence[Any], modules: Sequence[nn.Module]) -> Tensor:
+def run_or_not(
+    branch: Callable[..., Tensor],
+    rows: Rows,
+    shortcut: Tensor,
+    values: Sequence[Any],
+    have_rows: Sequence[bool],
+    modules: Sequence[nn.Module],
+) -> Tensor:
     """`merge` with what `branch` gives for `values` and the parameters of `modules` where the draw says so, else the shortcut.
+
+    Args:
+        have_rows: which of `values` have the batch in dim 0.
 
     Tensors go in and out flat: both ways have to have results and gradients of one layout, and Inductor, which gives convolutions layouts
     of its own, does not keep the one that it promises. No two may share memory, so that what may be part of another is copied.
@@ -111,8 +122,12 @@ def run_or_not(branch: Callable[..., Tensor], rows: Rows, shortcut: Tensor, valu
         parameters = [{name: layout.of_flat(value) for name, (layout, value) in state.items()} for state in states]
         return whole.flat(merge(whole.of_flat(kept), branch(*given, *parameters), rows))
 
+    with torch.no_grad():  # the dtype of the sum, which autocast decides
+        none = [value[:0] if has_rows else value for value, has_rows in zip(values, have_rows, strict=True)]
+        dtype = torch.promote_types(shortcut.dtype, branch(*none, *[dict(module.named_parameters()) for module in modules]).dtype)
+
     def leave_out() -> Tensor:
-        return kept.clone()  # no result may be an input
+        return kept.to(dtype, copy=True)  # no result may be an input
 
     assert rows.keep is not None
     return whole.of_flat(torch.cond(rows.keep, run, leave_out))

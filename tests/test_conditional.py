@@ -56,6 +56,18 @@ def shared() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(nn.Linear(6, 6), SizeUsedTwice(), SizeUsedTwice()), torch.randn(3, 6)
 
 
+class LayerScale(Block):
+    """Under autocast the shortcut of the first one is in half precision, and its branch is not."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+        self.scale = nn.Parameter(torch.randn(6))
+
+
+def layer_scale() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Linear(6, 6), LayerScale(), LayerScale(), nn.Linear(6, 2)), torch.randn(3, 6)
+
+
 def vit() -> tuple[nn.Module, Tensor]:
     model = torchvision.models.VisionTransformer(16, 8, 1, 2, 8, 16, num_classes=2)
     nn.init.normal_(model.heads.head.weight)
@@ -205,8 +217,9 @@ def test_parameters_that_are_parametrized_later_are_seen() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype: torch.dtype) -> None:
-    gm, x = transformed(vit, "skip")
+@pytest.mark.parametrize("build", [vit, layer_scale])
+def test_autocast(build: Callable[[], tuple[nn.Module, Tensor]], dtype: torch.dtype) -> None:
+    gm, x = transformed(build, "skip")
     gm, x = gm.float(), x.float()
     compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
     for drops in ((0, 0), (0, 1)):
