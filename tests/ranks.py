@@ -25,10 +25,17 @@ class Block(nn.Module):
         return x + self.f(x)
 
 
-def train(rank: int, world: int, folder: str, options: Mapping[str, Any]) -> None:
-    """Trains with DDP for some steps while the rate rises, and writes what the rank has in the end."""
+def work(rank: int, world: int, folder: str, runs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Trains once for each of `runs`, name -> options, and writes what the rank has in the end."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     torch.set_num_threads(1)
+    for name, options in runs.items():
+        torch.save(train(rank, options), Path(folder) / f"{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def train(rank: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains with DDP for some steps while the rate rises."""
     torch.manual_seed(0)
     gm = fxsd.transform(nn.Sequential(*[Block() for _ in range(3)]), 0.6, example_inputs=(torch.ones(5, 6),), **options)
     torch.manual_seed(rank + 1)
@@ -43,6 +50,5 @@ def train(rank: int, world: int, folder: str, options: Mapping[str, Any]) -> Non
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-    found = {"losses": losses, "parameters": list(gm.parameters()), "gradients": [p.grad for p in gm.parameters()]}
-    torch.save(found | {"rates": [site.drop_rate for site in fxsd.sites(model)]}, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    rates = [site.drop_rate for site in fxsd.sites(model)]
+    return {"losses": losses, "rates": rates, "parameters": list(gm.parameters()), "gradients": [p.grad for p in gm.parameters()]}

@@ -216,14 +216,13 @@ def test_parameters_that_are_parametrized_later_are_seen() -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("build", [vit, layer_scale])
-def test_autocast(build: Callable[[], tuple[nn.Module, Tensor]], dtype: torch.dtype) -> None:
+def test_autocast(build: Callable[[], tuple[nn.Module, Tensor]]) -> None:
     gm, x = transformed(build, "skip")
     gm, x = gm.float(), x.float()
     compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
     for drops in ((0, 0), (0, 1)):
-        with torch.autocast("cpu", dtype):
+        with torch.autocast("cpu", torch.bfloat16):
             got, want = run(compiled, drops, gm, x), run(gm, drops, gm, x)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,22 @@ import torch
 import torch.multiprocessing
 
 WORLD = 2
+RUNS: dict[str, dict[str, Any]] = {
+    f"{method}-{compute}": {"stochastic_method": method, "compute": compute, "drop_distribution": "uniform"}
+    for method, compute in itertools.product(("sample", "block"), ("mask", "skip"))
+}
 
 
-@pytest.mark.parametrize("compute", ["mask", "skip"])
-@pytest.mark.parametrize("method", ["sample", "block"])
-def test_ddp_keeps_parameters_equal_and_uses_all_of_them(method: str, compute: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"stochastic_method": method, "compute": compute, "drop_distribution": "uniform"}
-    torch.multiprocessing.spawn(ranks.train, (WORLD, str(tmp_path), options), nprocs=WORLD)  # type: ignore[no-untyped-call]
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(ranks.work, (WORLD, str(path), RUNS), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    return path
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_ddp_keeps_parameters_equal_and_uses_all_of_them(run: str, folder: Path) -> None:
+    found = [torch.load(folder / f"{run}-{rank}.pt") for rank in range(WORLD)]
     for key in ("parameters", "gradients"):
         assert all(torch.equal(a, b) for a, b in zip(*(rank[key] for rank in found), strict=True)), key
     assert found[0]["losses"] != found[1]["losses"]
