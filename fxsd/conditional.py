@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from fxsd.skip import Rows, fork, merge, take
+from fxsd.skip import Rows, by_stride, fork, merge, take
 
 BRANCH = "_conditional_branch"  # begins the names of the methods that compute branches
 
@@ -141,8 +141,7 @@ class _Layout(NamedTuple):
 
     @staticmethod
     def of(like: Tensor) -> _Layout:
-        strides = like.stride()
-        order = sorted(range(like.dim()), key=lambda dim: -strides[dim])
+        order = by_stride(like.stride())
         return _Layout(order, [like.shape[dim] for dim in order])
 
     def flat(self, value: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ class StochasticGraphModule(fx.GraphModule):
 
     def _conditional_forward(self) -> Callable[..., Any] | None:
         """What compiled code runs in training where it may leave branches out."""
-        called = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
-        targets = {path for path in called if isinstance(op := self.get_submodule(path), SkipStochasticDepth) and op.conditional}
+        sites = {str(node.target) for node in self.graph.nodes if node.op == "call_module" and META in node.meta}
+        targets = {path for path in sites if isinstance(op := self.get_submodule(path), SkipStochasticDepth) and op.conditional}
         if not targets:
             return None
         graph, branches = conditional(copy_graph(self.graph), targets)

@@ -87,9 +87,8 @@ class SkipStochasticDepth(StochasticDepth):
             keep = torch.rand(()).item() < self._keep_parts / _PARTS
             return Rows(batch, weight=self.training_scale(), none=not keep)
         kept, rest = _whole_rows(batch, self._keep_parts)
-        if batch - kept <= 1 and batch > 1:
-            # At most one row is dropped, so there is nothing to gain.
-            return Rows(batch, weight=self.draw_mask([batch], device).float())
+        if _drops_too_few(batch, kept):
+            return self._masked(batch, [batch], device)
         kept += int(rest > _SLACK and torch.rand(()).item() < rest / _PARTS)
         if kept == batch:
             return Rows(batch, weight=self.training_scale())
@@ -102,12 +101,11 @@ class SkipStochasticDepth(StochasticDepth):
     def _draw_compiled(self, batch: int, device: torch.device) -> Rows:
         if self.stochastic_method == "block":
             # A mask. Where compiled code can do better it calls `draw_whole`.
-            return Rows(batch, weight=self.draw_mask([], device).float())
+            return self._masked(batch, [], device)
         parts = self._size.shape[0]
         whole, rest = _whole_rows(batch, parts)
-        if not self.moved and batch - whole <= 1 and batch > 1:
-            # At most one row is dropped. A rate that moves shall not be asked: the answer would be compiled in.
-            return Rows(batch, weight=self.draw_mask([batch], device).float())
+        if not self.moved and _drops_too_few(batch, whole):  # of a rate that moves, the answer would be compiled in
+            return self._masked(batch, [batch], device)
         run = (batch * parts + _PARTS - 1 - _SLACK) // _PARTS
         if self.least_rows > 1:
             run = torch.sym_min(torch.sym_max(run, self.least_rows), batch)  # type: ignore[assignment]
@@ -119,6 +117,10 @@ class SkipStochasticDepth(StochasticDepth):
     def draw_whole(self, like: Tensor) -> Rows:
         """Draws in training whether the branch runs, for `torch.cond`."""
         return Rows(like.shape[0], weight=self.training_scale(), keep=self.draw_mask([], like.device).bool())
+
+    def _masked(self, batch: int, shape: Sequence[int], device: torch.device) -> Rows:
+        """All rows, under a mask of a shape."""
+        return Rows(batch, weight=self.draw_mask(shape, device).float())
 
     def _weights(self, run: int, kept: int | Tensor, device: torch.device) -> Tensor:
         """Those of the rows that run, of which the first `kept` are kept."""
@@ -138,6 +140,11 @@ class SkipStochasticDepth(StochasticDepth):
         self._size = torch.empty(max(self._keep_parts, 2 * _SLACK), 0)
         if self.moved:
             torch._dynamo.maybe_mark_dynamic(self._size, 0)
+
+
+def _drops_too_few(batch: int, kept: int) -> bool:
+    """Is at most one row dropped where `kept` are kept for certain? Then there is nothing to gain."""
+    return batch - kept <= 1 and batch > 1
 
 
 def _whole_rows(batch: int, keep_parts: int) -> tuple[int, int]:
@@ -225,11 +232,16 @@ def empty_in_format(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[in
     It is no view, so that what comes after may write into it.
     """
     steps = like.stride() if 0 not in like.stride() else [0] * like.dim()  # expanded: contiguous, as an add of it is
-    order = sorted(range(like.dim()), key=lambda dim: (-steps[dim], dim))
+    order = by_stride(steps)
     strides, size = [0] * like.dim(), 1
     for dim in reversed(order):
         strides[dim], size = size, size * shape[dim]
     return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device), order
+
+
+def by_stride(strides: Sequence[int]) -> list[int]:
+    """Dims from the largest stride to the smallest; of equal ones, the first first."""
+    return sorted(range(len(strides)), key=lambda dim: -strides[dim])
 
 
 class _Take(torch.autograd.Function):

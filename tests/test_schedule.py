@@ -8,20 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import Block
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import fxsd
 from fxsd import DropRateSchedule, FxsdError
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.f(x)
 
 
 def model(drop_rate: float = 0.4, **options: Any) -> nn.Module:
