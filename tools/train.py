@@ -81,6 +81,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise FxsdError("--device cuda needs a GPU that torch can use, and there is none.")
     torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
 
 
 def _setting(args: argparse.Namespace) -> Setting:
