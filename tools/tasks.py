@@ -74,13 +74,14 @@ def _mnist1d(source: Source, seed: int) -> Task:
     data = _package("mnist1d.data", "mnist1d")
     counts = [source.samples or 4000, 1000, 5000]
     options = data.get_dataset_args()
-    options.num_samples, options.seed = sum(counts), seed
+    total = sum(counts)
+    options.num_samples, options.seed = total + -total % 10, seed  # as many of each class
     options.corr_noise_scale, options.iid_noise_scale = source.noise
     before = random.getstate()
     made = data.make_dataset(options)
     random.setstate(before)
-    x = torch.tensor([*made["x"], *made["x_test"]], dtype=torch.float32)[:, None]
-    y = torch.tensor([*made["y"], *made["y_test"]])
+    x, y = (torch.cat([torch.as_tensor(made[key]), torch.as_tensor(made[f"{key}_test"])])[:total] for key in ("x", "y"))
+    x = x.float()[:, None]
     train, validation, test = _cut(x, y, counts)
     return Task(train, validation, test, tuple(x.shape[1:]), 10)
 
@@ -125,8 +126,11 @@ def _images(source: Source, seed: int) -> Task:
     floats = [T.ToImage(), T.ToDtype(torch.float32, scale=True), T.Normalize([0.5] * 3, [0.25] * 3)]
     if (folder / "cifar-10-batches-py").is_dir():
         moved = T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), *floats])
-        train, plain = (datasets.CIFAR10(folder, True, transform) for transform in (moved, T.Compose(floats)))
-        test = datasets.CIFAR10(folder, False, T.Compose(floats))
+        try:
+            train, plain = (datasets.CIFAR10(folder, True, transform) for transform in (moved, T.Compose(floats)))
+            test = datasets.CIFAR10(folder, False, T.Compose(floats))
+        except RuntimeError as error:
+            raise FxsdError(f"CIFAR-10 in {source.name!r} cannot be read: {error}") from error
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(_SPLIT)).tolist()
         return Task(Subset(train, order[5000:][: source.samples]), Subset(plain, order[:5000]), test, (3, 32, 32), 10)
     side = source.side

@@ -34,7 +34,11 @@ QUICK = {"seeds": 3, "epochs": 6, "blocks": 12}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns the exit code: 0, or 2 with one line on standard error."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.quick:
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args(argv)
     try:
         run(args)
     except (FxsdError, OSError) as error:
@@ -50,33 +54,42 @@ def run(args: argparse.Namespace) -> None:
     task = cached_task(setting.source, 0)
     build(setting, task)  # bad arguments show before minutes are spent
     options = [Arm(BASE, BASE, lr) for lr in args.lr], [Arm("fxsd", args.compute[0], lr, rate) for lr, rate in product(args.lr, args.rate)]
-    searched = [candidates for candidates in options if len(candidates) > 1]
-    found: list[list[Candidate]] = []
-    if searched:
-        arms = [arm for candidates in searched for arm in candidates]
-        with measuring.progress(args.search_seeds * len(arms)) as say:
-            seeds = range(SEARCH_SEEDS, SEARCH_SEEDS + args.search_seeds)
-            runs = run_all([(seed, [arm]) for seed in seeds for arm in arms], setting, args.jobs, say)
-        found = [best(candidates, runs) for candidates in searched]
-        _show_search(found, task.metric)
+    found = _search([candidates for candidates in options if len(candidates) > 1], setting, task.metric, args)
     base, own = (next((c[0].arm for c in found if c[0].arm in candidates), candidates[0]) for candidates in options)
     arms = [base, *(replace(own, label=f"fxsd {compute}", compute=compute) for compute in args.compute)]
+    results: list[Run] = []
     with measuring.progress(args.seeds * (len(arms) + bool(args.equal_time))) as say:
-        results = run_all([(seed, arms) for seed in range(args.seeds)], setting, args.jobs, say)
-        if args.equal_time:
-            longer = for_equal_time(arms[-1], results)
-            results += run_all([(seed, [longer]) for seed in range(args.seeds)], setting, args.jobs, say)
-    summaries = summarize(results)
-    _show(summaries, setting, task.metric, args.seeds)
-    _write(args, found, summaries, results)
+        try:
+            for runs in run_all([(seed, arms) for seed in range(args.seeds)], setting, args.jobs, say):
+                results += runs
+                _write(args, found, results)
+            if args.equal_time:
+                longer = for_equal_time(arms[-1], results)
+                for runs in run_all([(seed, [longer]) for seed in range(args.seeds)], setting, args.jobs, say):
+                    results += runs
+                    _write(args, found, results)
+        except KeyboardInterrupt:
+            if not results:
+                raise
+    _show(summarize(results), setting, task.metric)
     if args.plot:
         plotting.curves(results, _metric(task.metric), Path(args.plot))
 
 
+def _search(options: Sequence[Sequence[Arm]], setting: Setting, metric: str, args: argparse.Namespace) -> list[list[Candidate]]:
+    """Trains the candidates of each arm. Returns them from the best to the worst."""
+    if not options:
+        return []
+    arms = [arm for candidates in options for arm in candidates]
+    jobs = [(SEARCH_SEEDS + i, [arm]) for i in range(args.search_seeds) for arm in arms]
+    with measuring.progress(len(jobs)) as say:
+        runs = [run for found in run_all(jobs, setting, args.jobs, say, final=False) for run in found]
+    found = [best(candidates, runs) for candidates in options]
+    _show_search(found, metric)
+    return found
+
+
 def _check(args: argparse.Namespace) -> None:
-    if args.quick:
-        for name, value in QUICK.items():
-            setattr(args, name, value)
     check_files(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise FxsdError("--device cuda needs a GPU that torch can use, and there is none.")
@@ -116,7 +129,8 @@ def _show_search(found: Sequence[Sequence[Candidate]], metric: str) -> None:
     measuring.show(table)
 
 
-def _show(summaries: Sequence[Summary], setting: Setting, metric: str, seeds: int) -> None:
+def _show(summaries: Sequence[Summary], setting: Setting, metric: str) -> None:
+    seeds = min(s.seeds for s in summaries)
     title = f"{setting.source.name}, {setting.size.blocks} blocks: {_metric(metric)}, mean of {seeds} seeds ± 95 % confidence"
     table = measuring.table(title, "arm", "drop rate", "lr", "epochs", "train", "test", "to base", "time / base")
     for s in summaries:
@@ -130,14 +144,15 @@ def _metric(metric: str) -> str:
     return "loss, nats" if metric == LOSS else "accuracy, %"
 
 
-def _write(args: argparse.Namespace, found: Sequence[Sequence[Candidate]], summaries: Sequence[Summary], runs: Sequence[Run]) -> None:
+def _write(args: argparse.Namespace, found: Sequence[Sequence[Candidate]], runs: Sequence[Run]) -> None:
+    """Writes what there is so far, so that a run that is stopped loses nothing."""
     if not args.json:
         return
     figures: dict[str, Any] = {
         "machine": measuring.machine(),
         "settings": vars(args),
         "search": [[asdict(candidate) for candidate in candidates] for candidates in found],
-        "summaries": [*map(asdict, summaries)],
+        "summaries": [*map(asdict, summarize(runs))],
         "runs": [*map(asdict, runs)],
     }
     Path(args.json).write_text(json.dumps(figures, indent=1, default=str) + "\n", encoding="utf-8")
@@ -181,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--weight-decay", metavar="X", type=float, default=0.01, help="default .01")
     training.add_argument("--search-seeds", metavar="N", type=positive, default=3, help="for each candidate; default 3")
     training.add_argument("--equal-time", action="store_true", help="the last arm once more, with as many epochs as take the base's time")
-    training.add_argument("--compile", action="store_true", help="with torch.compile")
+    training.add_argument("--compile", metavar="BACKEND", nargs="?", const="inductor", default="", help="with torch.compile")
     training.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     training.add_argument("--threads", metavar="N", type=positive, default=1, help="of torch on the CPU; default 1")
     training.add_argument("--jobs", metavar="N", type=positive, default=1, help="processes, one thread each; default 1")

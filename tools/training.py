@@ -53,7 +53,7 @@ class Setting:
     batch: int = 100
     weight_decay: float = 0.01
     drop_warmup: float = 0.0  # the share of the epochs in which the drop rate rises
-    compile: bool = False
+    compile: str = ""  # the backend of torch.compile; empty for eager
     device: str = "cpu"
 
 
@@ -76,8 +76,12 @@ class Run:
         return median(self.seconds) * len(self.seconds)
 
 
-def train(arm: Arm, seed: int, setting: Setting, say: Callable[[str], None] = lambda text: None) -> Run:
-    """Trains one arm. Runs of one seed have the same data, the same start and the same order of samples."""
+def train(arm: Arm, seed: int, setting: Setting, final: bool = True, say: Callable[[str], None] = lambda text: None) -> Run:
+    """Trains one arm. Runs of one seed have the same data, the same start and the same order of samples.
+
+    Args:
+        final: are test data used?
+    """
     task = cached_task(setting.source, seed)
     torch.manual_seed(seed)
     model = build(setting, task)
@@ -88,10 +92,10 @@ def train(arm: Arm, seed: int, setting: Setting, say: Callable[[str], None] = la
             drop_distribution=arm.rate.distribution,
             stochastic_method=setting.method,
             compute=arm.compute,
-            example_inputs=(torch.stack([task.test[i][0] for i in range(2)]),),
+            example_inputs=(torch.stack([task.train[i][0] for i in range(2)]),),
             subset_batch_norm=arm.compute != "mask",
         )
-    return _fit(model.to(setting.device), arm, seed, setting, task, say)
+    return _fit(model.to(setting.device), arm, seed, setting, task, final, say)
 
 
 @cache
@@ -127,7 +131,7 @@ def build(setting: Setting, task: Task) -> nn.Module:
     )
 
 
-def _fit(model: nn.Module, arm: Arm, seed: int, setting: Setting, task: Task, say: Callable[[str], None]) -> Run:
+def _fit(model: nn.Module, arm: Arm, seed: int, setting: Setting, task: Task, final: bool, say: Callable[[str], None]) -> Run:
     device = torch.device(setting.device)
     epochs = max(round(setting.epochs * arm.epochs_of), 1)
     batches = _batches(task.train, setting.batch, torch.Generator().manual_seed(seed))
@@ -140,7 +144,7 @@ def _fit(model: nn.Module, arm: Arm, seed: int, setting: Setting, task: Task, sa
     ]
     scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, [warm_up])
     rates = fxsd.DropRateSchedule(model, warmup_steps=round(setting.drop_warmup * steps)) if arm.rate is not None else None
-    run_model: nn.Module = torch.compile(model, fullgraph=True) if setting.compile else model  # type: ignore[assignment]
+    run_model: nn.Module = torch.compile(model, fullgraph=True, backend=setting.compile) if setting.compile else model  # type: ignore[assignment]
     run = Run(arm, seed, task.metric)
     torch.manual_seed(seed)
     for epoch in range(epochs):
@@ -161,7 +165,8 @@ def _fit(model: nn.Module, arm: Arm, seed: int, setting: Setting, task: Task, sa
         run.seconds.append(time.perf_counter() - began)
         run.validation.append(score(model, task.validation, task.metric, device))
     run.train = score(model, task.train, task.metric, device)
-    run.test = score(model, task.test, task.metric, device)
+    if final:
+        run.test = score(model, task.test, task.metric, device)
     return run
 
 

@@ -50,31 +50,43 @@ class Summary:
 
     arm: Arm
     epochs: int
+    seeds: int
     train: Interval
     test: Interval
     difference: Interval | None
     time_ratio: float | None  # the median over seeds
 
 
-def run_all(jobs: Sequence[tuple[int, Sequence[Arm]]], setting: Setting, processes: int, say: Say) -> list[Run]:
-    """Trains the arms of each job under its seed, one after the other in one process, so that their times can be compared."""
+def run_all(
+    jobs: Sequence[tuple[int, Sequence[Arm]]], setting: Setting, processes: int, say: Say, final: bool = True
+) -> Iterator[list[Run]]:
+    """Trains the arms of each job under its seed, one after the other in one process, so that their times can be compared.
+
+    Args:
+        final: are test data used?
+
+    Yields:
+        The runs of a job, as soon as they are there.
+    """
     if processes == 1:
-        return [run for job in jobs for run in _run(job, setting, say)]
+        for job in jobs:
+            yield _run(job, setting, final, say)
+        return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_thread) as pool:
-        futures = [pool.submit(_run, job, setting) for job in jobs]
+        futures = [pool.submit(_run, job, setting, final) for job in jobs]
         for future in as_completed(futures):
-            say(f"seed {future.result()[0].seed}", done=len(future.result()))
-        return [run for future in futures for run in future.result()]
+            runs = future.result()
+            say(f"seed {runs[0].seed}", done=len(runs))
+            yield runs
 
 
-def _run(job: tuple[int, Sequence[Arm]], setting: Setting, say: Say | None = None) -> list[Run]:
+def _run(job: tuple[int, Sequence[Arm]], setting: Setting, final: bool, say: Say = lambda text, done=0: None) -> list[Run]:
     seed, arms = job
     runs = []
     turn = seed % len(arms)  # what runs first changes
     for arm in [*arms[turn:], *arms[:turn]]:
-        runs.append(train(arm, seed, setting, say or (lambda text: None)))
-        if say:
-            say(f"{arm.label}, seed {seed}", done=1)
+        runs.append(train(arm, seed, setting, final, say))
+        say(f"{arm.label}, seed {seed}", done=1)
     return runs
 
 
@@ -108,7 +120,7 @@ def _summary(arm: Arm, own: Sequence[Run], base: dict[int, Run]) -> Summary:
         difference = Interval.of([run.test - base[run.seed].test for run in own])
         ratio = median(run.total_seconds / base[run.seed].total_seconds for run in own)
     test, fitted = (Interval.of([getattr(run, part) for run in own]) for part in ("test", "train"))
-    return Summary(arm, len(own[0].seconds), fitted, test, difference, ratio)
+    return Summary(arm, len(own[0].seconds), len(own), fitted, test, difference, ratio)
 
 
 def learning_curves(runs: Sequence[Run]) -> Iterator[tuple[str, list[Interval]]]:
