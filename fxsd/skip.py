@@ -84,7 +84,7 @@ class SkipStochasticDepth(StochasticDepth):
         if self._never_drops or batch == 0:
             return Rows(batch)
         if self.stochastic_method == "block":
-            keep = torch.rand(()).item() < self._keep_parts / _PARTS
+            keep = self._uniform([], torch.device("cpu")).item() >= 1.0 - self._keep_parts / _PARTS
             return Rows(batch, weight=self.training_scale(), none=not keep)
         kept, rest = _whole_rows(batch, self._keep_parts)
         if _drops_too_few(batch, kept):
