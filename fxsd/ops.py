@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxsd.ranks import RankDraws
+from fxsd.rank_draws import RankDraws
 
 METHODS = ("sample", "block")
 SCALINGS = ("inference", "train")
