@@ -1,8 +1,9 @@
 """Random numbers that are the same on every rank, without a word between them.
 
-The number of a site is a hash of its key and of how many it drew before, which all ranks count alike. What torch's own generator gives, which
-differs between ranks, only tells a forward from its recomputation: `torch.utils.checkpoint` puts that generator back, so that a number
-that was seen before means the draw of then.
+The number of a site is a hash of its key and of how many it drew before, which all ranks count alike. What torch's own generator gives,
+which differs between ranks, only tells a forward from its recomputation: `torch.utils.checkpoint` puts that generator back, so that a
+number that was seen before means the draw of then. A rank that seeds its generator again draws again what it drew, so that all of them
+have to, or none.
 """
 
 from __future__ import annotations

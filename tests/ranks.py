@@ -31,14 +31,19 @@ SHARDED_STEPS = 4
 SAVED_STEP, LAST_STEP = 5, 10
 
 
-def work(rank: int, world: int, folder: str, jobs: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
-    """Does `jobs`, name -> (a function of this module, options), and writes what each returns."""
-    meet = f"file://{folder}/meet-{next(iter(jobs))}"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+def work(rank: int, folder: str, jobs: Mapping[int, Mapping[str, tuple[str, Mapping[str, Any]]]]) -> None:
+    """Does the jobs of each number of ranks, name -> (a function of this module, options), and writes what each returns."""
     torch.set_num_threads(1)
-    for name, (job, options) in jobs.items():
-        torch.save(globals()[job](rank, world, Path(folder), **options), Path(folder) / f"{name}-{rank}.pt")
-    dist.destroy_process_group()
+    for world, named in jobs.items():
+        if rank >= world:
+            continue
+        place = Path(folder) / str(world)
+        place.mkdir(exist_ok=True)
+        meet = f"file://{place}/meet-{next(iter(named))}"
+        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        for name, (job, options) in named.items():
+            torch.save(globals()[job](rank, world, place, **options), place / f"{name}-{rank}.pt")
+        dist.destroy_process_group()
 
 
 class Block(nn.Module):

@@ -36,25 +36,37 @@ APART = {"apart": ("shard", {"model": "vit", "whole": False, "drop_rate": 0.5, "
 RESUMED = {mode: MODES[mode] | {"sync_ranks": mode == "block-skip"} for mode in ("sample-skip", "block-skip")}
 
 
-def start(folder: Path, world: int, jobs: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
-    torch.multiprocessing.spawn(ranks.work, (world, str(folder), jobs), nprocs=world)  # type: ignore[no-untyped-call]
+def start(folder: Path, jobs: Mapping[int, Mapping[str, tuple[str, dict[str, Any]]]]) -> None:
+    torch.multiprocessing.spawn(ranks.work, (str(folder), jobs), nprocs=max(jobs))  # type: ignore[no-untyped-call]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(params=[2, 3])
 def world(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
 @pytest.fixture(scope="module")
-def folder(world: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all ranks wrote, those of 3 first. The last job of those of 2 is killed."""
     path = tmp_path_factory.mktemp("ranks")
     sharded = {name: (job, options | {"path": f"saved-{name}"}) for name, (job, options) in (SHARDED | APART).items()}
-    start(path, world, TRAINED | SYNCED | sharded)
+    jobs = TRAINED | SYNCED | sharded
+    with pytest.raises(ProcessException):
+        start(path, {3: jobs, 2: jobs | go_on("whole") | go_on("early", die=True)})
     return path
 
 
+def go_on(name: str, first: int = 0, die: bool = False) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Jobs that save half-way, those that are killed under a name for those that go on from there."""
+    path = "whole" if name == "whole" else "killed"
+    return {
+        f"{name}-{mode}": ("go_on", options | {"path": f"{path}-{mode}", "first": first, "die": die and mode == "block-skip"})
+        for mode, options in RESUMED.items()
+    }
+
+
 def results(folder: Path, world: int, name: str) -> list[Any]:
-    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(world)]
+    return [torch.load(folder / str(world) / f"{name}-{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -102,20 +114,13 @@ def test_a_distributed_checkpoint_is_the_original_s(name: str, world: int, folde
     (found, *_) = results(folder, world, name)
     assert found["keys"] == list(state)
     assert_close(found["loaded"], found["trained"], rtol=0, atol=0)
-    dcp.load(state, checkpoint_id=folder / f"saved-{name}")
+    dcp.load(state, checkpoint_id=folder / str(world) / f"saved-{name}")
     assert_close(dict(state), found["trained"], rtol=0, atol=0)
 
 
-def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    whole = {f"whole-{mode}": ("go_on", options | {"path": f"whole-{mode}", "first": 0}) for mode, options in RESUMED.items()}
-    early = {f"early-{mode}": ("go_on", options | {"path": mode, "first": 0}) for mode, options in RESUMED.items()}
-    *_, last = early
-    early[last][1]["die"] = True
-    with pytest.raises(ProcessException):
-        start(tmp_path, 2, whole | early)
-    assert not (tmp_path / f"{last}-0.pt").exists()
-    late = {f"late-{mode}": ("go_on", options | {"path": mode, "first": ranks.SAVED_STEP}) for mode, options in RESUMED.items()}
-    start(tmp_path, 2, late)
+def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(folder: Path) -> None:
+    start(folder, {2: go_on("late", first=ranks.SAVED_STEP)})
     for mode in RESUMED:
-        for before, after in zip(results(tmp_path, 2, f"whole-{mode}"), results(tmp_path, 2, f"late-{mode}"), strict=True):
+        for before, after in zip(results(folder, 2, f"whole-{mode}"), results(folder, 2, f"late-{mode}"), strict=True):
             assert after == before[ranks.SAVED_STEP :]
+    assert not list((folder / "2").glob("early-block-skip-*"))
