@@ -55,7 +55,7 @@ def test_the_numbers_are_those_of_splitmix64() -> None:
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_blocks_are_dropped_at_their_rate_and_independently_of_other_sites_and_steps(rate: float) -> None:
     torch.manual_seed(0)
-    sites, times = 4, 4000
+    sites, times = 4, 2000
     ops = [StochasticDepth(rate, "block", site=f"blocks.{i}", sync_ranks=True) for i in range(sites)]
     one = torch.ones(1)
     kept = torch.stack([torch.cat([op(one) for op in ops]) for _ in range(times)]).double().T
@@ -108,7 +108,7 @@ def test_what_a_checkpoint_computes_again_draws_again_what_it_drew(compute: str,
     assert len({float(step[0].sum()) for step in expected}) > 2
 
 
-@pytest.mark.parametrize(("compute", "backend", "scaling"), [("mask", "inductor", "inference"), ("skip", "aot_eager", "train")])
+@pytest.mark.parametrize(("compute", "backend", "scaling"), [("mask", "inductor", "inference"), ("skip", "eager", "train")])
 def test_compiled_code_draws_what_eager_code_draws_and_compiles_once(compute: str, backend: str, scaling: str) -> None:
     torch._dynamo.reset()
     plain, gm = made(compute, scaling), made(compute, scaling)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,3 +128,15 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(folder: Path) -> Non
         for before, after in zip(results(folder, 2, f"whole-{mode}"), results(folder, 2, f"late-{mode}"), strict=True):
             assert after == before[ranks.SAVED_STEP :]
     assert not list((folder / "2").glob("early-block-skip-*"))
+
+
+def test_the_script_of_the_readme_runs(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    (script,) = re.findall(r"<!-- train.py -->\n```py\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "train.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^step (\d+): \d+\.\d+$", done.stdout, re.MULTILINE) == [str(step) for step in range(20)]
+    assert [path.parent.name for path in sorted(tmp_path.glob("checkpoints/*/.metadata"))] == ["000010", "000020"]
