@@ -141,6 +141,7 @@ def shard(rank: int, world: int, folder: Path, path: str, model: str, whole: boo
     """Trains with FSDP, saves, and loads into another one."""
     gm, x = made(model, options)
     _fully_shard(gm, model, whole)
+    torch.manual_seed(rank + 1)
     fit(gm, x[:, rank::world])
     saved = get_model_state_dict(gm)
     dcp.save(saved, checkpoint_id=folder / path)
