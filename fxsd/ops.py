@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxsd.rank_draws import RankDraws
+
 METHODS = ("sample", "block")
 SCALINGS = ("inference", "train")
 
@@ -35,6 +37,7 @@ class StochasticDepth(nn.Module):
         scaling: `"inference"` multiplies by 1 - drop_rate in eval, `"train"` divides by it in training.
         site, module, depth, kind, reason: what the op stands for, shown in its repr; they decide nothing.
         weight: `drop_rate` over the model-wide rate, for `fxsd.set_drop_rate`.
+        sync_ranks: draws what all ranks draw; only for `"block"`.
         device: of the rate.
 
     Shape:
@@ -43,7 +46,7 @@ class StochasticDepth(nn.Module):
 
     The rate lives in a non-persistent float32 buffer: it moves with the module, is absent from the state
     dict, keeps its precision when the model is cast, and can change without recompiling. Draws are made in float32 and
-    follow `torch.manual_seed`. A dropped row is exactly zero, and so is its gradient.
+    follow `torch.manual_seed`, with `sync_ranks` that of when the op was made. A dropped row is exactly zero, and so is its gradient.
 
     References:
         Huang et al., "Deep Networks with Stochastic Depth", 2016, https://arxiv.org/abs/1603.09382
@@ -72,6 +75,7 @@ class StochasticDepth(nn.Module):
         kind: str = "identity",
         reason: str = "",
         weight: float = 1.0,
+        sync_ranks: bool = False,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
@@ -80,6 +84,7 @@ class StochasticDepth(nn.Module):
         self.stochastic_method = stochastic_method
         self.scaling = scaling
         self.site, self.module, self.depth, self.kind, self.reason, self.weight = site, module, depth, kind, reason, weight
+        self.rank_draws = RankDraws(site) if sync_ranks else None
 
     def forward(self, branch: Tensor) -> Tensor:
         if self.training:
@@ -96,8 +101,11 @@ class StochasticDepth(nn.Module):
     def draw_mask(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Draws what branches are multiplied by in training, of a small shape that broadcasts, so that they are read and written once."""
         # u >= p, not floor(q + u): exact at p = 0 and 1, unbiased at small p whatever the branch's dtype.
-        keep = torch.rand(shape, device=device, dtype=torch.float32) >= self.drop_rate
+        keep = self._uniform(shape, device) >= self.drop_rate
         return keep if self.scaling == "inference" else keep / self._keep_prob()
+
+    def _uniform(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        return torch.rand(shape, device=device, dtype=torch.float32) if self.rank_draws is None else self.rank_draws()
 
     def training_scale(self) -> Tensor | None:
         """What a branch that is kept is multiplied by in training; None for one."""
@@ -111,6 +119,11 @@ class StochasticDepth(nn.Module):
         with torch.no_grad():
             self.drop_rate.fill_(drop_rate)
         self._never_drops = drop_rate == 0.0
+
+    def start_step(self, step: int) -> None:
+        """Draws as a run does that has taken so many training steps, where all ranks draw the same."""
+        if self.rank_draws is not None:
+            self.rank_draws.start_step(step)
 
     @property
     def rate(self) -> float:

@@ -56,10 +56,14 @@ class Options:
                 f"compute={self.compute!r} needs example_inputs, a tuple of args or a dict of kwargs of the model's forward: "
                 "they show where the batch is, and which branches may run on a part of it."
             )
-        if not isinstance(self.subset_batch_norm, bool):
-            raise FxsdError(f"subset_batch_norm must be True or False, but got {self.subset_batch_norm!r}.")
-        if self.sync_ranks is not False:
-            raise FxsdError(f"sync_ranks must be False in this version, but got {self.sync_ranks!r}.")
+        for name in ("subset_batch_norm", "sync_ranks"):
+            if not isinstance(getattr(self, name), bool):
+                raise FxsdError(f"{name} must be True or False, but got {getattr(self, name)!r}.")
+        if self.sync_ranks and self.stochastic_method != "block":
+            raise FxsdError(
+                f"sync_ranks=True needs stochastic_method='block', but got {self.stochastic_method!r}: samples are not shared between "
+                "ranks, so their draws cannot be. Pass stochastic_method='block', or leave sync_ranks out."
+            )
 
 
 def _names(argument: str, value: Any) -> tuple[str, ...]:

@@ -70,7 +70,8 @@ def transform(
             mode. Sizes stay live where nothing was decided on them; where something was, the result checks it and raises
             `FxsdError` for inputs that would decide otherwise.
         subset_batch_norm: skip branches with batch norm too, whose statistics are then those of the kept samples (two at least).
-        sync_ranks: must be False in this version.
+        sync_ranks: every rank draws the same, without communication; for `"block"` only. Ranks must be seeded alike (`torch.manual_seed`)
+            when they transform, and make the same training forwards. A `DropRateSchedule` starts a run that is resumed where it was.
 
     Returns:
         A `torch.fx.GraphModule` that is an instance of the model's class too, with the same state-dict keys, parameters and signature, in
@@ -121,7 +122,7 @@ def transform(
                 f"{lost}. fxsd.analyze(model, example_inputs=...).print() says why.",
                 stacklevel=2,
             )
-        return rewrite(planned.captured, planned.plans, planned.eval_residuals, stochastic_method, scaling)
+        return rewrite(planned.captured, planned.plans, planned.eval_residuals, stochastic_method, scaling, sync_ranks)
 
 
 def analyze(model: nn.Module, drop_rate: float = 0.1, **options: Any) -> Analysis:

@@ -56,6 +56,7 @@ def rewrite(
     eval_residuals: Mapping[str, Residual],
     stochastic_method: str,
     scaling: str,
+    sync_ranks: bool,
 ) -> nn.Module:
     """Puts a `StochasticDepth` on the branch of every planned site.
 
@@ -63,7 +64,7 @@ def rewrite(
         captured: owns the graphs, which are edited.
         plans: the sites of `captured`.
         eval_residuals: site name -> the same add in the evaluation program, where there is one.
-        stochastic_method, scaling: as in `fxsd.transform`.
+        stochastic_method, scaling, sync_ranks: as in `fxsd.transform`.
 
     Returns:
         The model as one `StochasticGraphModule`, or a copy of it with such modules inside where it is not one graph.
@@ -72,7 +73,7 @@ def rewrite(
     for part in sorted(captured.parts, key=lambda part: len(part.path), reverse=True):  # inner ones first
         own = [plan for plan in plans if plan.residual.add.graph is part.graph]
         if own or not part.path:
-            replaced[part.module] = _rewrite_part(part, own, eval_residuals, replaced, stochastic_method, scaling)
+            replaced[part.module] = _rewrite_part(part, own, eval_residuals, replaced, stochastic_method, scaling, sync_ranks)
     return replaced[captured.model] if captured.model in replaced else replace_inside(captured.model, replaced)
 
 
@@ -83,6 +84,7 @@ def _rewrite_part(
     replaced: Mapping[nn.Module, nn.Module],
     stochastic_method: str,
     scaling: str,
+    sync_ranks: bool,
 ) -> StochasticGraphModule:
     # The tree is made while native drop paths are still called: they stay the user's own modules.
     root = shallow_tree(part.module, part.graphs, part.constants, replaced)
@@ -106,6 +108,7 @@ def _rewrite_part(
             kind=plan.residual.kind,
             reason=plan.reason,
             weight=plan.weight,
+            sync_ranks=sync_ranks,
             device=_device(home, root),
         ).train(home.training)
         target = _attach(home, path, op, numbers[home])

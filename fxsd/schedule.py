@@ -10,7 +10,7 @@ from torch import nn
 
 from fxsd.errors import FxsdError
 from fxsd.rates import check_rate
-from fxsd.site import get_drop_rate, set_drop_rate
+from fxsd.site import get_drop_rate, set_drop_rate, start_step
 
 Schedule: TypeAlias = "str | Callable[[int], float]"
 
@@ -31,7 +31,7 @@ class DropRateSchedule:
 
     The rate of step 0 is set at once; call `step()` after each training step (or epoch: the unit of `steps` is how often it is called).
     All sites move together and keep their distribution. In mask mode compiled code does not compile again; where it skips branches, it
-    does so once.
+    does so once. Sites that draw the same on all ranks (`sync_ranks`) draw by the step: a run that is resumed goes on as it would have.
 
     Args:
         gm: what `fxsd.transform` returned, or a module that holds it: compiled, DDP, FSDP.
@@ -136,3 +136,4 @@ class DropRateSchedule:
     def _apply(self) -> None:
         self._last_rate = self.rate_at(self.last_step)
         set_drop_rate(self.gm, self._last_rate)
+        start_step(self.gm, self.last_step)

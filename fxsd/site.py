@@ -108,6 +108,16 @@ def set_drop_rate(gm: nn.Module, drop_rate: float) -> None:
         op.set_drop_rate(rate * op.weight)
 
 
+def start_step(gm: nn.Module, step: int) -> None:
+    """Makes sites that draw the same on all ranks go on as a run does that has taken so many training steps.
+
+    Raises:
+        FxsdError: there is no transformed model in `gm`.
+    """
+    for op in _ops(gm):
+        op.start_step(step)
+
+
 def _ops(gm: nn.Module) -> list[StochasticDepth]:
     return [module for part in _graph_modules(gm) for module in part.modules() if isinstance(module, StochasticDepth)]
 

@@ -84,7 +84,7 @@ class SkipStochasticDepth(StochasticDepth):
         if self._never_drops or batch == 0:
             return Rows(batch)
         if self.stochastic_method == "block":
-            keep = torch.rand(()).item() < self._keep_parts / _PARTS
+            keep = self._uniform([], torch.device("cpu")).item() >= 1.0 - self._keep_parts / _PARTS
             return Rows(batch, weight=self.training_scale(), none=not keep)
         kept, rest = _whole_rows(batch, self._keep_parts)
         if _drops_too_few(batch, kept):
@@ -167,9 +167,7 @@ def take(value: Tensor, rows: Rows) -> Tensor:
 
 def fork(value: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """`value` itself for the shortcut, and the rows of it that run for the branch: one pass less in backward than `take`."""
-    if rows.none:
-        return value, value.detach()[:0]  # what runs on no rows has no gradient
-    if rows.taken is None or torch.compiler.is_compiling():
+    if not rows.none and (rows.taken is None or torch.compiler.is_compiling()):
         return value, take(value, rows)
     return _Fork.apply(value, rows.taken)  # type: ignore[no-any-return]
 
@@ -262,8 +260,9 @@ class _Take(torch.autograd.Function):
 
 class _Fork(torch.autograd.Function):
     @staticmethod
-    def forward(value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        return value.detach(), _select(value, index)
+    def forward(value: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        # No rows are taken as some are: FSDP sees what enters a module in backward, on every rank at the same time.
+        return value.detach(), value[:0].clone() if index is None else _select(value, index)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -271,7 +270,7 @@ class _Fork(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_taken: Tensor) -> Any:
-        return _add_rows(grad, ctx.index, None, grad_taken, grad), None
+        return grad if ctx.index is None else _add_rows(grad, ctx.index, None, grad_taken, grad), None
 
 
 class _Merge(torch.autograd.Function):
