@@ -27,6 +27,7 @@ from torch import fx, nn
 
 from fxsd.batch import Region
 from fxsd.capture import Captured, Part
+from fxsd.checkpoints import MARK
 from fxsd.graphmodule import META, StochasticGraphModule, build, replace_inside, shallow_tree
 from fxsd.ops import StochasticDepth
 from fxsd.residual import Residual
@@ -185,6 +186,8 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
             for node in nodes:
                 node.replace_input_with(number, count)
     _mark(rows, residual, retired)
+    if nodes[0].meta.get(MARK) != add.meta.get(MARK):  # the branch starts before what the add is checkpointed with
+        rows.meta.pop(MARK, None)
     if region.merges:
         add.op, add.target, add.args, add.kwargs = "call_function", merge, (sides[0], branch, rows, add.args[0] is branch), {}
         return
