@@ -181,9 +181,9 @@ def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = Fal
         branch = _weighted(branch, rows.weight)
         return branch + shortcut if branch_first else shortcut + branch
     dtype = torch.promote_types(shortcut.dtype, branch.dtype)
-    if rows.none:
-        return torch.cat([branch.to(dtype), shortcut.to(dtype)])  # so that parameters of the branch get gradients of zero
-    return _Merge.apply(shortcut.to(dtype), branch, rows.taken, rows.place, rows.weight, branch_first)  # type: ignore[no-any-return]
+    # No row is merged too, so that parameters of the branch get gradients of zero.
+    taken = torch.empty(0, dtype=torch.long, device=branch.device) if rows.none else rows.taken
+    return _Merge.apply(shortcut.to(dtype), branch, taken, rows.place, rows.weight, branch_first)  # type: ignore[no-any-return]
 
 
 def spread(branch: Tensor, rows: Rows) -> Tensor:
