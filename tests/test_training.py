@@ -266,7 +266,7 @@ def test_an_ensemble_is_trained_by_vmap_where_masks_draw(method: str) -> None:
 def test_vmap_cannot_skip() -> None:
     gm, x = transformed("sample", "skip"), rows()
     state = {name: tensor.detach().expand(2, *tensor.shape) for name, tensor in gm.named_parameters()}
-    with pytest.raises(RuntimeError, match=r"vmap: .*\.item\(\)"):
+    with pytest.raises(RuntimeError, match="does not have vmap support"):
         torch.vmap(lambda state: torch.func.functional_call(gm, state, (x,)), randomness="different")(state)
 
 
