@@ -128,9 +128,48 @@ def test_compiled_code_computes_the_same_again(method: str, compute: str) -> Non
         assert {site.reason for site in fxsd.sites(own)} == {
             "compiled code takes the mask: its activations are checkpointed, where torch.cond does not run"
         }
-    torch._dynamo.reset()
-    found = [gradients(torch.compile(gm, fullgraph=True, backend="aot_eager"), gm, x) for gm in (own, plain)]
-    check_equal(*found)
+    expected = None
+    for run, gm in ((own, own), (plain, plain), (lambda x: checkpoint(plain, x, use_reentrant=False), plain)):
+        torch._dynamo.reset()
+        found = gradients(torch.compile(run, fullgraph=True, backend="aot_eager"), gm, x)
+        expected = expected or found
+        check_equal(found, expected)
+
+
+def test_compiled_code_checkpoints_some_blocks_and_leaves_out_others() -> None:
+    class Some(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[2](checkpoint(self.blocks[1], self.blocks[0](x), use_reentrant=False))
+
+    x, net = inputs(8, 6), Some()
+    for block in net.blocks:
+        block[0].p = 0.0
+    gm, mask = (transformed(net, "block", compute, x) for compute in ("skip", "mask"))
+    assert [bool(site.reason) for site in fxsd.sites(gm)] == [False, True, False]
+    found = []
+    for each in (gm, mask):
+        torch._dynamo.reset()
+        found.append(gradients(torch.compile(each, fullgraph=True, backend="aot_eager"), each, x))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_programs_of_two_modes_keep_their_checkpoints() -> None:
+    class Scores(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            return x if self.training else x.softmax(-1).cumsum(-1)
+
+    x = inputs(8, 6)
+    with torch.no_grad():  # says nothing about how the model will be used
+        gm = transformed(Scores(False), "sample", "mask", x)
+    assert gm.eval_graph is not None
+    plain = Scores()
+    plain.load_state_dict(gm.state_dict())
+    plain = transformed(plain, "sample", "mask", x)
+    for training in (True, False):
+        check_equal(gradients(gm.train(training), gm, x), gradients(plain.train(training), plain, x))
+        assert kept_bytes(lambda: gm(x)) < 0.6 * kept_bytes(lambda: plain(x))
 
 
 class Split(nn.Module):

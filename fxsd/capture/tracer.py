@@ -105,6 +105,7 @@ class Tracer(fx.Tracer):
             stack.enter_context(live_training(lambda module: self._read_flag(module)))
             stack.enter_context(recorded_factories(self))
             stack.enter_context(recorded_autograd_functions(self))
+            stack.enter_context(torch.enable_grad())  # Python that asks shall not take this for a run that trains nothing
             stack.enter_context(noticed_contexts(self))
             stack.enter_context(noticed_draws(self))
             stack.enter_context(recorded_checkpoints(self))
