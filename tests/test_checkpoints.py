@@ -231,6 +231,19 @@ def _options(compute: str, x: Tensor) -> dict[str, Any]:
     return {"compute": compute, "drop_distribution": "uniform", "scaling": "train", "example_inputs": (x.detach(),)}
 
 
+def test_draws_are_restored_where_the_model_had_none_to_restore() -> None:
+    class Forgets(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = checkpoint(block[1], x, use_reentrant=False, preserve_rng_state=False)
+            return x
+
+    net, x = Forgets(), inputs(8, 6)
+    gm = transformed(net, "sample", "mask", x)
+    plain = transformed(nn.Sequential(*[block[1] for block in net.blocks]), "sample", "mask", x)
+    check_equal(gradients(gm, gm, x), gradients(plain, plain, x))
+
+
 def test_a_sequential_that_is_checkpointed_in_segments() -> None:
     class Segments(nn.Module):
         def __init__(self) -> None:

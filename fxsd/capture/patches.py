@@ -126,6 +126,7 @@ def recorded_checkpoints(tracer: Tracer) -> Iterator[None]:
         if tracer.set_aside:
             return run(function, args, kwargs, **options)
         usual = inspect.signature(run).parameters
+        options.pop("preserve_rng_state", None)  # always: whatever the model draws, its sites will
         options = {name: value for name, value in options.items() if value is not usual[name].default}
         if not all(isinstance(value, (bool, str)) for value in options.values()):
             raise Untraceable(f"it checkpoints activations with options of its own, {', '.join(options)}, which a graph would not keep")
