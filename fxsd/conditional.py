@@ -50,7 +50,6 @@ def _outlined(rows: fx.Node, name: str) -> fx.Graph:
         called = tuple(graph.get_attr(path) for path in modules)
         have_rows = tuple(value in takes.values() for value in values)
         whole = graph.call_function(run_or_not, (graph.get_attr(name), rows, added.args[0], tuple(values), have_rows, called))
-    whole.meta.update(added.meta)
     added.replace_all_uses_with(whole)
     graph.erase_node(added)
     for node in reversed(inside):
