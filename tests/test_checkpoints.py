@@ -129,7 +129,10 @@ def test_compiled_code_computes_the_same_again(method: str, compute: str) -> Non
             "compiled code takes the mask: its activations are checkpointed, where torch.cond does not run"
         }
     expected = None
-    for run, gm in ((own, own), (plain, plain), (lambda x: checkpoint(plain, x, use_reentrant=False), plain)):
+    runs = [(own, own), (plain, plain)]
+    if (method, compute) == ("sample", "skip"):
+        runs.append((lambda x: checkpoint(plain, x, use_reentrant=False), plain))
+    for run, gm in runs:
         torch._dynamo.reset()
         found = gradients(torch.compile(run, fullgraph=True, backend="aot_eager"), gm, x)
         expected = expected or found

@@ -73,7 +73,7 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize(("method", "compute"), [("sample", "mask"), ("sample", "skip"), ("block", "mask"), ("block", "skip")])
+@pytest.mark.parametrize(("method", "compute"), [("sample", "mask"), ("block", "skip")])
 def test_hugging_face_resumes_exactly(method: str, compute: str, tmp_path: Path) -> None:
     options = {"stochastic_method": method, "compute": compute}
     whole, rates = hugging_face(transformed(**options), tmp_path / "whole", TransformersCallback("linear"), save_steps=3)
@@ -210,7 +210,7 @@ quiet = pytest.mark.filterwarnings(
 
 
 @quiet
-@pytest.mark.parametrize(("method", "compute"), [("sample", "mask"), ("sample", "skip"), ("block", "mask"), ("block", "skip")])
+@pytest.mark.parametrize(("method", "compute"), [("sample", "mask"), ("block", "skip")])
 def test_lightning_resumes_exactly(method: str, compute: str, tmp_path: Path) -> None:
     whole = Module(method, compute)
     _, logger = fit(whole, tmp_path, LightningCallback("linear"))
