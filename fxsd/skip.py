@@ -92,10 +92,10 @@ class SkipStochasticDepth(StochasticDepth):
         if kept == batch:
             return Rows(batch, weight=self.training_scale())
         run = max(kept, min(self.least_rows, batch))
-        index = torch.randperm(batch, device=device)[:run]
+        index = torch.randperm(batch)[:run]  # on the CPU, which does not wait, and launches one copy in place of ten kernels
         if run == kept:
-            return Rows(batch, index.sort().values, weight=self.training_scale())
-        return Rows(batch, index, weight=self._weights(run, kept, device))
+            return Rows(batch, index.sort().values.to(device, non_blocking=True), weight=self.training_scale())
+        return Rows(batch, index.to(device, non_blocking=True), weight=self._weights(run, kept, device))
 
     def _draw_compiled(self, batch: int, device: torch.device) -> Rows:
         if self.stochastic_method == "block":

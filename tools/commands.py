@@ -71,7 +71,12 @@ def _tell(say: Callable[[str], None], where: str, text: str) -> None:
     say(f"{where}: {text}")
 
 
-def _check(args: argparse.Namespace) -> None:
+def check_files(args: argparse.Namespace) -> None:
+    """Files that are asked for can be written.
+
+    Raises:
+        FxsdError: there is no such folder, or no matplotlib.
+    """
     for option in ("json", "plot"):
         target = getattr(args, option, None)
         if target and not Path(target).absolute().parent.is_dir():
@@ -81,6 +86,10 @@ def _check(args: argparse.Namespace) -> None:
             import matplotlib  # noqa: F401
         except ImportError as error:
             raise FxsdError("--plot needs matplotlib: pip install matplotlib") from error
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_files(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise FxsdError("--device cuda needs a GPU that torch can use, and there is none.")
     torch.set_num_threads(args.threads)
@@ -155,12 +164,12 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", metavar="3x224x224", type=shape, help="of one sample, where the name of the model does not tell")
     parser.add_argument("--batch", metavar="N", type=positive, help="samples in a step; default what is quick for the model, else 8")
     rate = "a distribution and a rate, such as linear:.4; may be given several times; default uniform:.5"
-    parser.add_argument("--rate", metavar="NAME:P", type=_spread, action="append", help=rate)
+    parser.add_argument("--rate", metavar="NAME:P", type=spread, action="append", help=rate)
     parser.add_argument("--variant", choices=LABELS, action="append", help="only these, and the base; may be given several times")
     parser.add_argument(
         "--compile", metavar="BACKEND", nargs="?", const="inductor", help="compiled steps instead of eager ones, and what compiling takes"
     )
-    parser.add_argument("--break-even", metavar="P", type=_probability, nargs="+", help="uniform rates to look for the break-even in")
+    parser.add_argument("--break-even", metavar="P", type=probability, nargs="+", help="uniform rates to look for the break-even in")
     parser.add_argument("--draws", metavar="N", type=positive, default=6, help="steps whose FLOPs are averaged; default 6")
     parser.add_argument("--plot", metavar="FILE.png", help="draws the ratios as bars; needs matplotlib")
     _add_common(parser, 7)
@@ -169,7 +178,7 @@ def add_step(parser: argparse.ArgumentParser) -> None:
 def add_op(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of a command the arguments of `op`."""
     parser.set_defaults(run=op)
-    parser.add_argument("--rate", metavar="P", type=_probability, default=0.2, help="default 0.2")
+    parser.add_argument("--rate", metavar="P", type=probability, default=0.2, help="default 0.2")
     parser.add_argument("--times", metavar="N", type=positive, default=10, help="calls that a round times together; default 10")
     _add_common(parser, 15)
 
@@ -194,7 +203,7 @@ def shape(text: str) -> list[int]:
     return [positive(part) for part in text.split("x")]
 
 
-def _probability(text: str) -> float:
+def probability(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -204,9 +213,9 @@ def _probability(text: str) -> float:
     return value
 
 
-def _spread(text: str) -> Rate:
+def spread(text: str) -> Rate:
     distribution, colon, rate = text.rpartition(":")
     distribution = distribution if colon else "linear"
     if distribution not in NAMED:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(NAMED)}, a colon and a rate, but got {text!r}")
-    return Rate(distribution, _probability(rate))
+    return Rate(distribution, probability(rate))

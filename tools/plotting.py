@@ -1,11 +1,14 @@
-"""Bars of step time over the base, with the ceiling across each."""
+"""Pictures of what was measured: bars of step time over the base, and learning curves."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from stepping import StepRow
+from training import Run
+from trials import learning_curves
 from variants import BASE, LABELS
 
 
@@ -30,5 +33,26 @@ def bars(rows: Sequence[StepRow], target: Path) -> None:
     axes.axhline(1.0, color="gray", linewidth=1, linestyle="dashed")
     axes.set_xticks(range(len(groups)), ["\n".join(group) for group in groups])
     axes.set_ylabel("step time / without stochastic depth")
+    figure.legend(loc="outside right upper")
+    figure.savefig(target, dpi=150)
+
+
+def curves(runs: Sequence[Run], metric: str, target: Path) -> None:
+    """Writes a PNG: the validation metric of each arm over epochs and over time, the mean of its seeds with its 95 % confidence."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_epoch, by_time = figure.subplots(1, 2, sharey=True)
+    for label, points in learning_curves(runs):
+        seconds = median(second for run in runs if run.arm.label == label for second in run.seconds)
+        means = [point.mean for point in points]
+        for axes, scale in ((by_epoch, 1.0), (by_time, seconds)):
+            at = [scale * (epoch + 1) for epoch in range(len(points))]
+            (line,) = axes.plot(at, means, label=label if axes is by_epoch else None)
+            low, high = ([point.mean + sign * (point.half or 0.0) for point in points] for sign in (-1, 1))
+            axes.fill_between(at, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    by_epoch.set_ylabel(f"validation {metric}")
+    by_epoch.set_xlabel("epoch")
+    by_time.set_xlabel("seconds of training")
     figure.legend(loc="outside right upper")
     figure.savefig(target, dpi=150)
