@@ -23,6 +23,7 @@ from fxsd.capture.calls import Call, without_values
 from fxsd.capture.examples import Examples, computed
 from fxsd.capture.modes import in_mode
 from fxsd.capture.signature import bind
+from fxsd.checkpoints import MARK
 from fxsd.errors import told
 from fxsd.residual import Residual
 from fxsd.skip import empty_in_format
@@ -172,6 +173,8 @@ class Batch:
         work = sum(self.flops[node] for node in nodes) / max(self.values[0][residual.branch].numel(), 1)
         merges = is_plain_add(residual.add) and [arg is residual.branch for arg in residual.add.args].count(False) == 1
         stays = "" if merges else "its add is more than the sum of two values"
+        if any(MARK in node.meta for node in (residual.add, *nodes)):
+            stays = "its activations are checkpointed, where torch.cond does not run"
         return Region(tuple(nodes), tuple(entries), counts, work, least_rows, merges, stays or probe.stays)
 
     def _between(self, residual: Residual) -> list[fx.Node]:

@@ -22,7 +22,9 @@ import torch
 from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 
+from fxsd.checkpoints import MARK, is_checkpointed, outline
 from fxsd.conditional import conditional
+from fxsd.errors import FxsdError
 from fxsd.ops import StochasticDepth
 from fxsd.skip import SkipStochasticDepth
 
@@ -31,6 +33,8 @@ CONSTANTS = "fxsd_constants"  # the module that holds tensors made while tracing
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
 _REGISTERED = {*_HOOKS, "_modules", "_parameters", "_buffers"}
+# By which models of the libraries around switch checkpointing of their activations on and off, with `enable` as the first argument.
+_CHECKPOINTING = ("set_grad_checkpointing", "_set_gradient_checkpointing")
 _GENERATED = {"_graph", "_code", "_lineno_map", "_prologue_start", "eval_graph"}
 
 
@@ -47,12 +51,13 @@ class StochasticGraphModule(fx.GraphModule):
     def recompile(self) -> Any:
         code = super().recompile()
         cls = type(self)
-        train = cls.forward
-        evaluate = train if self.eval_graph is None else _function(self.eval_graph)
+        generated = cls.forward
+        train = self._function("train", self.graph) if is_checkpointed(self.graph) else generated
+        evaluate = train if self.eval_graph is None else self._function("eval", self.eval_graph)
         compiled = self._conditional_forward() or train
-        if evaluate is not train or compiled is not train:
+        if {evaluate, compiled, generated} != {train}:
 
-            @wraps(train)  # its signature
+            @wraps(generated)  # its signature
             def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 if not self.training:
                     return evaluate(self, *args, **kwargs)
@@ -72,6 +77,14 @@ class StochasticGraphModule(fx.GraphModule):
         graph, branches = conditional(copy_graph(self.graph), targets)
         for name, branch in branches.items():
             setattr(type(self), name, _function(branch))
+        return self._function("compiled", graph)
+
+    def _function(self, name: str, graph: fx.Graph) -> Callable[..., Any]:
+        """The code of a graph, as a method; what it checkpoints are methods of the class."""
+        if is_checkpointed(graph):
+            graph = copy_graph(graph)
+            for method, inner in outline(graph, f"_checkpointed_{name}").items():
+                setattr(type(self), method, _function(inner))
         return _function(graph)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StochasticGraphModule:
@@ -208,11 +221,27 @@ def _empty(original: type[nn.Module]) -> StochasticGraphModule:
     elif issubclass(original, fx.GraphModule):
         original = nn.Module
     bases = (StochasticGraphModule,) if original is nn.Module else (StochasticGraphModule, original)
+    switches = {name: _told_too_late(getattr(original, name)) for name in _CHECKPOINTING if hasattr(original, name)}
     try:
-        cls = type(original.__name__, bases, {"original_class": original})
+        cls = type(original.__name__, bases, {"original_class": original, **switches})
     except TypeError:
         cls = type(original.__name__, (StochasticGraphModule,), {})
     return cast(StochasticGraphModule, object.__new__(cls))
+
+
+def _told_too_late(switch: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that would switch what the graph has fixed already."""
+
+    @wraps(switch)
+    def checked(self: StochasticGraphModule, enable: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if bool(enable) != is_checkpointed(self.graph):
+            raise FxsdError(
+                f"whether activations are checkpointed is part of the graph of a transformed {type(self).__name__}: "
+                f"switch it {'on' if enable else 'off'} on the original model, and transform that."
+            )
+        return switch(self, enable, *args, **kwargs)
+
+    return checked
 
 
 def _fill(gm: StochasticGraphModule, state: dict[str, Any], graph: fx.Graph, eval_graph: fx.Graph | None) -> StochasticGraphModule:
@@ -269,7 +298,7 @@ def _dump(graph: fx.Graph) -> list[tuple[Any, ...]]:
         made = "<locals>" in getattr(found, "__qualname__", "") and getattr(sys.modules.get(str(module)), name, None) is found
         return _Function(str(module), name) if made else found
 
-    kept = ("nn_module_stack", META)
+    kept = ("nn_module_stack", META, MARK)
     return [(n.op, n.name, target(n), refs(n.args), refs(n.kwargs), {k: n.meta[k] for k in kept if k in n.meta}) for n in graph.nodes]
 
 

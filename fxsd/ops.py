@@ -80,7 +80,7 @@ class StochasticDepth(nn.Module):
     ) -> None:
         super().__init__()
         self.register_buffer("drop_rate", torch.tensor(drop_rate, dtype=torch.float32, device=device), persistent=False)
-        self._never_drops = drop_rate == 0.0
+        self._follow(drop_rate)
         self.stochastic_method = stochastic_method
         self.scaling = scaling
         self.site, self.module, self.depth, self.kind, self.reason, self.weight = site, module, depth, kind, reason, weight
@@ -118,6 +118,16 @@ class StochasticDepth(nn.Module):
         """Sets the rate in place, so that compiled code sees it without recompiling."""
         with torch.no_grad():
             self.drop_rate.fill_(drop_rate)
+        self._follow(drop_rate)
+
+    def train(self, mode: bool = True) -> StochasticDepth:
+        super().train(mode)
+        if mode and not self.drop_rate.is_meta:
+            self._follow(self.rate)  # who averages models, or copies them, writes into the buffer
+        return self
+
+    def _follow(self, drop_rate: float) -> None:
+        """Keeps what Python has to know of the rate, which on another device takes long to read."""
         self._never_drops = drop_rate == 0.0
 
     def start_step(self, step: int) -> None:

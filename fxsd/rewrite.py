@@ -27,6 +27,7 @@ from torch import fx, nn
 
 from fxsd.batch import Region
 from fxsd.capture import Captured, Part
+from fxsd.checkpoints import MARK
 from fxsd.graphmodule import META, StochasticGraphModule, build, replace_inside, shallow_tree
 from fxsd.ops import StochasticDepth
 from fxsd.residual import Residual
@@ -169,12 +170,13 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
     branch = retired.get(residual.branch, residual.branch)
     nodes = [node for node in region.nodes if node not in retired]
     sides = [arg for arg in add.args if arg is not branch]
+    apart = any(node.meta.get(MARK) != add.meta.get(MARK) for node in nodes)  # a checkpoint holds some of it
     with graph.inserting_before(nodes[0]):
         rows = graph.call_module(target, (retired.get(region.entries[0], region.entries[0]),))
     taken = []
     for entry in dict.fromkeys(retired.get(entry, entry) for entry in region.entries):
         with graph.inserting_before(next(node for node in nodes if entry in node.all_input_nodes)):  # it may be computed after `rows`
-            if region.merges and entry is sides[0]:
+            if region.merges and entry is sides[0] and not apart:  # of no rows, `fork` has no gradient; a checkpoint may need one
                 both = graph.call_function(fork, (entry, rows))
                 sides = [graph.call_function(operator.getitem, (both, 0))]
                 taken.append(graph.call_function(operator.getitem, (both, 1)))
@@ -188,6 +190,8 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
             for node in nodes:
                 node.replace_input_with(number, count)
     _mark(rows, residual, retired)
+    if apart:
+        rows.meta.pop(MARK, None)
     if region.merges:
         add.op, add.target, add.args, add.kwargs = "call_function", merge, (sides[0], branch, rows, add.args[0] is branch), {}
         return

@@ -75,14 +75,15 @@ class DropRateSchedule:
         steps: int | None = None,
         warmup_steps: int = 0,
     ) -> None:
-        self._check(schedule, drop_rate, steps, warmup_steps)
+        self.check(schedule, drop_rate, steps, warmup_steps)
         self.gm, self.schedule, self.steps, self.warmup_steps = gm, schedule, steps, warmup_steps
         self.drop_rate = get_drop_rate(gm) if drop_rate is None else float(drop_rate)
         self.last_step = 0
         self._apply()
 
     @staticmethod
-    def _check(schedule: object, drop_rate: object, steps: object, warmup_steps: object) -> None:
+    def check(schedule: object, drop_rate: object, steps: object, warmup_steps: object) -> None:
+        """Raises `FxsdError` where an argument is out of range."""
         if not callable(schedule) and schedule not in NAMED:
             raise FxsdError(f"schedule must be one of {', '.join(map(repr, NAMED))} or a callable f(step), but got {schedule!r}.")
         if callable(schedule) and drop_rate is not None:
@@ -129,7 +130,7 @@ class DropRateSchedule:
                 f"state must be what state_dict of a schedule of the same kind gave, with {', '.join(expected)}, but got "
                 f"{', '.join(map(str, state)) if isinstance(state, dict) else repr(state)}."
             )
-        self._check(state.get("schedule", self.schedule), None, state["steps"], state["warmup_steps"])
+        self.check(state.get("schedule", self.schedule), None, state["steps"], state["warmup_steps"])
         self.__dict__.update(state)
         self._apply()
 

@@ -68,7 +68,6 @@ class SkipStochasticDepth(StochasticDepth):
         super().__init__(drop_rate, *args, **kwargs)
         self.least_rows, self.conditional = least_rows, conditional
         self.moved = False  # has the rate been another one?
-        self._set_parts()
 
     def forward(self, like: Tensor, mask: bool = False) -> Rows | Tensor:  # type: ignore[override]
         if mask:
@@ -127,13 +126,12 @@ class SkipStochasticDepth(StochasticDepth):
         weights, scale = (torch.arange(run, device=device) < kept).float(), self.training_scale()
         return weights if scale is None else weights * scale
 
-    def set_drop_rate(self, drop_rate: float) -> None:
-        self.moved = self.moved or drop_rate != self.rate
-        super().set_drop_rate(drop_rate)
-        self._set_parts()
-
-    def _set_parts(self) -> None:
-        self._keep_parts = round((1.0 - self.rate) * _PARTS)
+    def _follow(self, drop_rate: float) -> None:
+        super()._follow(drop_rate)
+        before, self._keep_parts = self.__dict__.get("_keep_parts"), round((1.0 - self.rate) * _PARTS)
+        if before == self._keep_parts:
+            return
+        self.moved = before is not None
         # No buffer: the rate is its *size*, which compiled code can take for a variable, so that it can move without compiling again. That
         # costs compile time, so it is one only once the rate has moved. The sizes 0 and 1 are constants to compiled code, of itself
         # and of the rows that run, so that one row has to.
@@ -181,9 +179,9 @@ def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = Fal
         branch = _weighted(branch, rows.weight)
         return branch + shortcut if branch_first else shortcut + branch
     dtype = torch.promote_types(shortcut.dtype, branch.dtype)
-    if rows.none:
-        return torch.cat([branch.to(dtype), shortcut.to(dtype)])  # so that parameters of the branch get gradients of zero
-    return _Merge.apply(shortcut.to(dtype), branch, rows.taken, rows.place, rows.weight, branch_first)  # type: ignore[no-any-return]
+    # No row is merged too, so that parameters of the branch get gradients of zero.
+    taken = torch.empty(0, dtype=torch.long, device=branch.device) if rows.none else rows.taken
+    return _Merge.apply(shortcut.to(dtype), branch, taken, rows.place, rows.weight, branch_first)  # type: ignore[no-any-return]
 
 
 def spread(branch: Tensor, rows: Rows) -> Tensor:

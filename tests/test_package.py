@@ -29,7 +29,10 @@ def test_every_error_is_an_fxsd_error():
     assert issubclass(fxsd.CaptureError, fxsd.FxsdError)
 
 
-def test_the_code_of_the_readme_runs_and_its_comments_are_true(capsys: pytest.CaptureFixture[str]):
+def test_the_code_of_the_readme_runs_and_its_comments_are_true(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.chdir(tmp_path)  # trainers make folders
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 4
     names: dict[str, object] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import random
 import sys
@@ -113,12 +114,33 @@ def noticed_draws(tracer: Tracer) -> Iterator[None]:
                 if type(getattr(draw, "__self__", None)).__name__ in ("Random", "RandomState") and "state" not in name:
                     setattr(module, name, _refusing(tracer, draw, f"it draws a number with {module.__name__}.{name}"))
                     stack.callback(setattr, module, name, draw)
-        for name in ("_checkpoint_impl", "_checkpoint_without_reentrant_generator"):  # of which versions of torch have one or both
-            run = getattr(checkpoint, name, None)
-            if run is not None:
-                setattr(checkpoint, name, _refusing(tracer, run, "it checkpoints activations, which a graph would keep"))
-                stack.callback(setattr, checkpoint, name, run)
         yield
+
+
+@contextmanager
+def recorded_checkpoints(tracer: Tracer) -> Iterator[None]:
+    """Inside, a function that runs under `torch.utils.checkpoint` is recorded, and marked as such."""
+    run, generator = checkpoint._checkpoint_impl, checkpoint._checkpoint_without_reentrant_generator
+
+    def record(function: Callable[..., Any], args: Any, kwargs: Any, **options: Any) -> Any:
+        if tracer.set_aside:
+            return run(function, args, kwargs, **options)
+        usual = inspect.signature(run).parameters
+        options.pop("preserve_rng_state", None)  # always: whatever the model draws, its sites will
+        options = {name: value for name, value in options.items() if value is not usual[name].default}
+        if not all(isinstance(value, (bool, str)) for value in options.values()):
+            raise Untraceable(f"it checkpoints activations with options of its own, {', '.join(options)}, which a graph would not keep")
+        with tracer.checkpointed(options):
+            return function(*args, **kwargs)
+
+    checkpoint._checkpoint_impl = record
+    checkpoint._checkpoint_without_reentrant_generator = _refusing(
+        tracer, generator, "it checkpoints activations in a way that a graph would not keep"
+    )
+    try:
+        yield
+    finally:
+        checkpoint._checkpoint_impl, checkpoint._checkpoint_without_reentrant_generator = run, generator
 
 
 def _refusing(tracer: Tracer, function: Callable[..., Any], why: str) -> Callable[..., Any]:

@@ -25,11 +25,13 @@ from fxsd.capture.patches import (
     noticed_draws,
     random_states,
     recorded_autograd_functions,
+    recorded_checkpoints,
     recorded_factories,
 )
 from fxsd.capture.proxies import Value, known_types
 from fxsd.capture.signature import bind
 from fxsd.capture.source import failing_line, this_line
+from fxsd.checkpoints import MARK, Checkpoint
 from fxsd.errors import CaptureError, FxsdError
 from fxsd.graphmodule import CONSTANTS
 from fxsd.values import is_flag
@@ -90,6 +92,8 @@ class Tracer(fx.Tracer):
         self.examples: Examples | None = None
         self._decided: dict[tuple[fx.Node, type], Any] = {}
         self.set_aside = False
+        self.checkpoint: Checkpoint | None = None  # what is traced now runs under it
+        self._checkpoints = 0
         self.journal: list[tuple[Any, fx.Node | None]] = []  # values whose node has changed, and the one before
 
     def trace_model(self, root: nn.Module, call: Call | None) -> fx.Graph:
@@ -101,8 +105,10 @@ class Tracer(fx.Tracer):
             stack.enter_context(live_training(lambda module: self._read_flag(module)))
             stack.enter_context(recorded_factories(self))
             stack.enter_context(recorded_autograd_functions(self))
+            stack.enter_context(torch.enable_grad())  # Python that asks shall not take this for a run that trains nothing
             stack.enter_context(noticed_contexts(self))
             stack.enter_context(noticed_draws(self))
+            stack.enter_context(recorded_checkpoints(self))
             if call is not None:
                 stack.enter_context(known_types(self))
             fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -195,6 +201,24 @@ class Tracer(fx.Tracer):
         if self.examples is None:
             raise Untraceable("it decides on a value of the trace.")
         return self.examples.value(obj.node)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        if self.checkpoint:
+            node.meta[MARK] = self.checkpoint
+        return node
+
+    @contextmanager
+    def checkpointed(self, options: dict[str, Any]) -> Iterator[None]:
+        """Inside, what is recorded runs under `torch.utils.checkpoint`."""
+        if self.checkpoint:
+            raise Untraceable("it checkpoints activations inside a checkpoint")
+        self.checkpoint = Checkpoint(self._checkpoints, options)
+        self._checkpoints += 1
+        try:
+            yield
+        finally:
+            self.checkpoint = None
 
     @contextmanager
     def _aside(self) -> Iterator[None]:

@@ -1,0 +1,1 @@
+"""Stochastic depth inside other libraries' trainers; each module needs its own library."""
