@@ -176,7 +176,7 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
     taken = []
     for entry in dict.fromkeys(retired.get(entry, entry) for entry in region.entries):
         with graph.inserting_before(next(node for node in nodes if entry in node.all_input_nodes)):  # it may be computed after `rows`
-            if region.merges and entry is sides[0] and not apart:  # of no rows, `fork` has no gradient; a checkpoint may need one
+            if region.merges and entry is sides[0]:
                 both = graph.call_function(fork, (entry, rows))
                 sides = [graph.call_function(operator.getitem, (both, 0))]
                 taken.append(graph.call_function(operator.getitem, (both, 1)))
