@@ -89,6 +89,7 @@ class Tracer(fx.Tracer):
         self._flags: dict[str, fx.Proxy] = {}
         self.examples: Examples | None = None
         self._decided: dict[tuple[fx.Node, type], Any] = {}
+        self._targets: dict[Any, Any] = {}
         self.set_aside = False
         self.journal: list[tuple[Any, fx.Node | None]] = []  # values whose node has changed, and the one before
 
@@ -167,6 +168,10 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Value(node, self)
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        # The code generator of torch 2.7 takes equal targets, such as two `Constant`s, only if they are the same object.
+        return super().create_node(kind, self._targets.setdefault(target, target), *args, **kwargs)
 
     # --- where Python must know a value -----------------------------------------------------------------------------
 
