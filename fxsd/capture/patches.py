@@ -23,6 +23,9 @@ _FACTORIES = (
     "randn", "randperm", "tensor", "zeros",
 )  # fmt: skip
 _LIMITS = ("finfo", "iinfo")  # of a dtype, which may be that of a value of the trace
+# Of several tensors, which may be one value of the trace, such as what `chunk` gives: torch 2.7 takes no proxy for them.
+_JOINS = ("block_diag", "cat", "column_stack", "concat", "concatenate", "dstack", "hstack", "row_stack", "stack", "vstack")
+_CHECKPOINTS = "it checkpoints activations, which a graph would keep"
 _CONTEXTS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast)
 
 
@@ -32,12 +35,12 @@ class Untraceable(Exception):
 
 @contextmanager
 def recorded_factories(tracer: Tracer) -> Iterator[None]:
-    """Factories of tensors are recorded even where no argument is a value of the trace."""
-    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_LIMITS)}
+    """Factories of tensors are recorded even where no argument is a value of the trace, others also where torch asks for more than that."""
+    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_LIMITS, *_JOINS)}
 
     def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
-            if tracer.set_aside or (name in _LIMITS and not any(isinstance(arg, fx.Proxy) for arg in args)):
+            if tracer.set_aside or (name not in _FACTORIES and not any(isinstance(arg, fx.Proxy) for arg in (*args, *kwargs.values()))):
                 return function(*args, **kwargs)
             return tracer.create_proxy("call_function", function, args, kwargs)
 
@@ -70,6 +73,8 @@ def recorded_autograd_functions(tracer: Tracer) -> Iterator[None]:
 
     def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        if cls is checkpoint.CheckpointFunction and not tracer.set_aside:
+            raise Untraceable(_CHECKPOINTS)
         if tracer.set_aside or not any(isinstance(leaf, fx.Proxy) for leaf in leaves):
             return original.__get__(None, cls)(*args, **kwargs)
         return tracer.create_proxy("call_function", Apply(cls), args, kwargs)
@@ -113,11 +118,10 @@ def noticed_draws(tracer: Tracer) -> Iterator[None]:
                 if type(getattr(draw, "__self__", None)).__name__ in ("Random", "RandomState") and "state" not in name:
                     setattr(module, name, _refusing(tracer, draw, f"it draws a number with {module.__name__}.{name}"))
                     stack.callback(setattr, module, name, draw)
-        for name in ("_checkpoint_impl", "_checkpoint_without_reentrant_generator"):  # of which versions of torch have one or both
-            run = getattr(checkpoint, name, None)
-            if run is not None:
-                setattr(checkpoint, name, _refusing(tracer, run, "it checkpoints activations, which a graph would keep"))
-                stack.callback(setattr, checkpoint, name, run)
+        name = "_checkpoint_without_reentrant_generator"
+        run = getattr(checkpoint, name)
+        setattr(checkpoint, name, _refusing(tracer, run, _CHECKPOINTS))
+        stack.callback(setattr, checkpoint, name, run)
         yield
 
 
