@@ -108,7 +108,7 @@ class SkipStochasticDepth(StochasticDepth):
             return self._masked(batch, [batch], device)
         run = (batch * parts + _PARTS - 1 - _SLACK) // _PARTS
         if self.least_rows > 1:
-            run = torch.sym_min(torch.sym_max(run, self.least_rows), batch)  # type: ignore[assignment]
+            run = min(max(run, self.least_rows), batch)
         order = torch.randperm(batch, device=device)
         chance = torch.full((), rest / _PARTS, device=device) * (self.drop_rate < 1.0)
         kept = whole + torch.binomial(torch.ones_like(chance), chance)

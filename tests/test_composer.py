@@ -271,7 +271,7 @@ class TestWithComposer:
 
     def test_a_checkpoint_resumes_where_it_was(self, tmp_path: Path) -> None:
         def algorithms() -> list[Any]:
-            return [StochasticDepth("ResNetBottleneck", "sample", 0.4, "uniform", "8ba")]
+            return [StochasticDepth("ResNetBottleneck", "block", 0.4, "uniform", "8ba")]
 
         whole, seen = trainer(classifier(), algorithms(), "6ba", save_folder=str(tmp_path), save_interval="3ba")
         whole.fit()
