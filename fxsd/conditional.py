@@ -15,9 +15,6 @@ from fxsd.skip import Rows, by_stride, fork, merge, take
 
 BRANCH = "_conditional_branch"  # begins the names of the methods that compute branches
 
-# Why compiled code cannot leave any branch out, "" if it can: in torch 2.7 Dynamo does not follow `functional_call` into `torch.cond`.
-UNSUPPORTED = "" if torch.__version__ >= "2.11" else "torch.cond needs torch 2.11 or later for it"
-
 
 def conditional(graph: fx.Graph, targets: Collection[str]) -> tuple[fx.Graph, dict[str, fx.Graph]]:
     """A graph with a `torch.cond` at each of some sites, and the graphs of the methods for their branches, by name.

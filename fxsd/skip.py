@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxsd.ops import StochasticDepth
+from fxsd.versions import SIZES_MOVE
 
 _PARTS = 1 << 40  # keep_prob in whole parts: a size that compiled code may compute with
 _SLACK = 1 << 20  # parts of a row that are rounding, not rate
@@ -102,6 +103,8 @@ class SkipStochasticDepth(StochasticDepth):
         if self.stochastic_method == "block":
             # A mask. Where compiled code can do better it calls `draw_whole`.
             return self._masked(batch, [], device)
+        if self.moved and not SIZES_MOVE:
+            return self._masked(batch, [batch], device)
         parts = self._size.shape[0]
         whole, rest = _whole_rows(batch, parts)
         if not self.moved and _drops_too_few(batch, whole):  # of a rate that moves, the answer would be compiled in

@@ -17,11 +17,11 @@ from torchvision.models.convnext import CNBlockConfig
 
 import fxsd
 from fxsd import batch
-from fxsd.conditional import UNSUPPORTED
 from fxsd.ops import StochasticDepth
 from fxsd.skip import SkipStochasticDepth
+from fxsd.versions import NO_COND
 
-left_out = pytest.mark.skipif(bool(UNSUPPORTED), reason=f"torch {torch.__version__}: {UNSUPPORTED}")
+left_out = pytest.mark.skipif(bool(NO_COND), reason=f"torch {torch.__version__}: {NO_COND}")
 
 
 class Block(nn.Module):
@@ -199,7 +199,7 @@ def test_branches_that_cannot_be_left_out_take_the_mask_and_say_so(block: Callab
 
 
 def test_where_torch_cannot_leave_branches_out_compiled_code_takes_the_mask_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "UNSUPPORTED", "this torch cannot")
+    monkeypatch.setattr(batch, "NO_COND", "this torch cannot")
     gm, x = transformed(toy, "skip")
     assert [(site.compute, site.reason) for site in fxsd.sites(gm)] == [("skip", "compiled code takes the mask: this torch cannot")] * 2
     mask = fxsd.transform(gm, 0.5, stochastic_method="block")
