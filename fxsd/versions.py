@@ -1,4 +1,4 @@
-"""What older versions of torch cannot do. 2.7.0, 2.11.0 and 2.14.1 were tried: what fails in the first and works in the second waits for it."""
+"""What older versions of torch cannot do. 2.7.0, 2.11.0 and 2.14.1 were tried: what the first lacks is used from the second on."""
 
 from __future__ import annotations
 

@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import nn
 
-from fxsd.errors import FxsdError
+from fxsd.errors import FxsdError, told
 from fxsd.graphmodule import become
 from fxsd.options import Names, Options
 from fxsd.pipeline import transform
 from fxsd.rates import Distribution
 from fxsd.site import get_drop_rate, set_drop_rate, sites
 
-_missing: ImportError | None = None
+_missing: Exception | None = None
 try:
     from composer.core import Algorithm, Event, Time, TimeUnit
-except ImportError as error:  # `apply_stochastic_depth` needs nothing of it
+except Exception as error:  # absent, or not for this version of torch; `apply_stochastic_depth` needs nothing of it
     Algorithm, _missing = object, error
 
 
@@ -106,7 +106,7 @@ class FxsdStochasticDepth(Algorithm):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         if _missing is not None:
-            raise FxsdError(f"StochasticDepth needs Composer (pip install mosaicml), which cannot be imported: {_missing}.") from _missing
+            raise FxsdError(f"StochasticDepth needs Composer (pip install mosaicml), which cannot be imported: {told(_missing)}.") from _missing
         Options.of(**_arguments(target_layer_name, stochastic_method, drop_rate, drop_distribution, options))
         self.target_layer_name, self.stochastic_method, self.drop_rate = target_layer_name, stochastic_method, drop_rate
         self.drop_distribution, self.options = drop_distribution, options
