@@ -106,7 +106,7 @@ class FxsdStochasticDepth(Algorithm):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         if _missing is not None:
-            raise FxsdError(f"StochasticDepth needs Composer (pip install mosaicml), which cannot be imported: {told(_missing)}.") from _missing
+            raise FxsdError(f"StochasticDepth needs Composer (pip install mosaicml): importing it failed, {told(_missing)}.") from _missing
         Options.of(**_arguments(target_layer_name, stochastic_method, drop_rate, drop_distribution, options))
         self.target_layer_name, self.stochastic_method, self.drop_rate = target_layer_name, stochastic_method, drop_rate
         self.drop_distribution, self.options = drop_distribution, options
