@@ -28,6 +28,7 @@ from fxsd.errors import told
 from fxsd.residual import Residual
 from fxsd.skip import empty_in_format
 from fxsd.values import is_plain_add, written
+from fxsd.versions import NO_COND
 
 SIZES = (4, 6)  # of the batch, to see what goes with it
 # FLOPs saved for each value of the residual stream from which on skipping beat the mask, on a CPU, for branches of 16 to 1024 FLOPs a
@@ -311,7 +312,7 @@ class _Probe:
         counts: Mapping[fx.Node, int],
     ) -> None:
         self.module, self.residual, self.nodes, self.outside, self.entries, self.counts = module, residual, nodes, given, entries, counts
-        self.stays = ""  # why torch.cond cannot leave it out; known once it has run
+        self.stays = NO_COND  # why torch.cond cannot leave it out; known once it has run
         self.called = {name: module.get_submodule(name) for name in (str(node.target) for node in nodes if node.op == "call_module")}
         self.parameters = {
             name: {key: _awake(parameter.detach()).clone() for key, parameter in called.named_parameters()}

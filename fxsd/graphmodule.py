@@ -142,6 +142,20 @@ def build(root: nn.Module, graph: fx.Graph, eval_graph: fx.Graph | None = None) 
     return _fill(_empty(type(root)), state, graph, eval_graph)
 
 
+def become(module: nn.Module, transformed: nn.Module) -> None:
+    """Turns a module into its transformed copy in place, so that every reference to it sees the change.
+
+    The object gets another class, as `torch.distributed.fsdp.fully_shard` gives it one. Its dicts of hooks stay: the handles refer to them.
+    """
+    module.__class__ = type(transformed)
+    state = vars(transformed) | {name: hooks for name, hooks in vars(module).items() if name in _HOOKS}
+    vars(module).clear()
+    if isinstance(module, StochasticGraphModule) and isinstance(transformed, StochasticGraphModule):
+        _fill(module, {k: v for k, v in state.items() if k not in _GENERATED}, transformed.graph, transformed.eval_graph)
+    else:
+        vars(module).update(state)
+
+
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy with the same node names and metadata."""
     new = fx.Graph(tracer_cls=graph._tracer_cls)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxsd.ops import StochasticDepth
+from fxsd.versions import SIZES_MOVE
 
 _PARTS = 1 << 40  # keep_prob in whole parts: a size that compiled code may compute with
 _SLACK = 1 << 20  # parts of a row that are rounding, not rate
@@ -101,13 +102,15 @@ class SkipStochasticDepth(StochasticDepth):
         if self.stochastic_method == "block":
             # A mask. Where compiled code can do better it calls `draw_whole`.
             return self._masked(batch, [], device)
+        if self.moved and not SIZES_MOVE:
+            return self._masked(batch, [batch], device)
         parts = self._size.shape[0]
         whole, rest = _whole_rows(batch, parts)
         if not self.moved and _drops_too_few(batch, whole):  # of a rate that moves, the answer would be compiled in
             return self._masked(batch, [batch], device)
         run = (batch * parts + _PARTS - 1 - _SLACK) // _PARTS
         if self.least_rows > 1:
-            run = torch.sym_min(torch.sym_max(run, self.least_rows), batch)  # type: ignore[assignment]
+            run = min(max(run, self.least_rows), batch)
         order = torch.randperm(batch, device=device)
         chance = torch.full((), rest / _PARTS, device=device) * (self.drop_rate < 1.0)
         kept = whole + torch.binomial(torch.ones_like(chance), chance)

@@ -16,8 +16,12 @@ from torch._dynamo.utils import counters
 from torchvision.models.convnext import CNBlockConfig
 
 import fxsd
+from fxsd import batch
 from fxsd.ops import StochasticDepth
 from fxsd.skip import SkipStochasticDepth
+from fxsd.versions import NO_COND
+
+left_out = pytest.mark.skipif(bool(NO_COND), reason=f"torch {torch.__version__}: {NO_COND}")
 
 
 class Block(nn.Module):
@@ -121,6 +125,7 @@ def run(module: nn.Module, drops: tuple[int, ...], owner: nn.Module, x: Tensor) 
     return [out, *torch.autograd.grad(out.square().sum(), [leaf, *owner.parameters()], materialize_grads=True)]
 
 
+@left_out
 @pytest.mark.parametrize("build", [toy, shared, vit, pooling, convnext, group_norm])
 def test_compiled_blocks_are_those_of_the_mask(build: Callable[[], tuple[nn.Module, Tensor]]) -> None:
     gm, x = transformed(build, "skip")
@@ -137,6 +142,7 @@ def test_compiled_blocks_are_those_of_the_mask(build: Callable[[], tuple[nn.Modu
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
+@left_out
 def test_a_branch_that_is_dropped_does_not_run() -> None:
     gm, x = transformed(toy, "skip")
     nn.init.constant_(gm.get_submodule("1.linear").weight, torch.nan)  # type: ignore[arg-type]
@@ -192,6 +198,18 @@ def test_branches_that_cannot_be_left_out_take_the_mask_and_say_so(block: Callab
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_where_torch_cannot_leave_branches_out_compiled_code_takes_the_mask_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "NO_COND", "this torch cannot")
+    gm, x = transformed(toy, "skip")
+    assert [(site.compute, site.reason) for site in fxsd.sites(gm)] == [("skip", "compiled code takes the mask: this torch cannot")] * 2
+    mask = fxsd.transform(gm, 0.5, stochastic_method="block")
+    compiled = torch.compile(gm, fullgraph=True, backend="eager")
+    for drops in ((0, 1), (1, 0)):
+        for a, b in zip(run(compiled, drops, gm, x), run(mask, drops, mask, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@left_out
 def test_evaluation_copies_and_pickles_are_as_of_any_model() -> None:
     gm, x = transformed(toy, "skip")
     for other in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):

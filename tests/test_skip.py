@@ -16,10 +16,12 @@ import pytest
 import torch
 from draws import at_random, forced
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import fxsd
 from fxsd.skip import Rows, SkipStochasticDepth, fork, merge, spread, take
+from fxsd.versions import SIZES_MOVE
 
 RATES = (0.0, 0.05, 0.3, 0.5, 0.9, 1.0)
 HALF = {"drop_rate": 0.5, "drop_distribution": "uniform", "compute": "skip"}
@@ -377,6 +379,30 @@ def test_compiled_rates_and_batch_sizes_move_without_compiling_each():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
+class Named(nn.Module):
+    """Torch's own container inside a class of the user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = mlps(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+@compiled_code
+def test_sizes_in_containers_move_without_compiling_each():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    gm = skipping(Named(), torch.randn(2, 5, WIDTH), include=None)
+    compiled, x = torch.compile(gm, fullgraph=True, backend=counter), torch.randn(8, 5, WIDTH)
+    for rate in (0.5, 0.4, 0.3, 0.45, 0.35, 0.5):
+        fxsd.set_drop_rate(gm, rate)
+        compiled(x)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
 @compiled_code
 def test_sizes_are_constants_until_a_rate_moves():
     torch._dynamo.reset()
@@ -423,7 +449,7 @@ def test_compiled_code_drops_as_often_and_has_the_gradients_of_the_rows_that_ran
     for call in range(calls):
         out = compiled(x)
         keep = ((out - x).abs().amax((1, 2)) > 0).detach()
-        assert int(keep.sum()) in (6, 7)
+        assert int(keep.sum()) in (6, 7) or (moves and not SIZES_MOVE)  # else a mask draws for each row
         torch.testing.assert_close(out, x + keep[:, None, None] * full / 0.7)
         counts += keep
         if call < 3:

@@ -153,6 +153,7 @@ def progress(total: int) -> Iterator[Callable[..., None]]:
     """A bar on a terminal's standard error, drawn between the timed calls and by no thread of its own. Gives `say(text, done=0)`."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     hidden = not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, redirect_stderr=False, transient=True, disable=hidden) as bar:
+    console = Console(stderr=True, quiet=hidden)  # rich 13 ends a disabled bar with an empty line
+    with Progress(*columns, console=console, auto_refresh=False, redirect_stderr=False, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=total)
         yield lambda text, done=0: bar.update(task, description=text, advance=done, refresh=True)

@@ -24,6 +24,8 @@ _FACTORIES = (
     "randn", "randperm", "tensor", "zeros",
 )  # fmt: skip
 _LIMITS = ("finfo", "iinfo")  # of a dtype, which may be that of a value of the trace
+# Of several tensors, which may be one value of the trace, such as what `chunk` gives: torch 2.7 takes no proxy for them.
+_JOINS = ("block_diag", "cat", "column_stack", "concat", "concatenate", "dstack", "hstack", "row_stack", "stack", "vstack")
 _CONTEXTS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast)
 
 
@@ -33,12 +35,12 @@ class Untraceable(Exception):
 
 @contextmanager
 def recorded_factories(tracer: Tracer) -> Iterator[None]:
-    """Factories of tensors are recorded even where no argument is a value of the trace."""
-    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_LIMITS)}
+    """Factories of tensors are recorded even where no argument is a value of the trace, others also where torch asks for more than that."""
+    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_LIMITS, *_JOINS)}
 
     def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
-            if tracer.set_aside or (name in _LIMITS and not any(isinstance(arg, fx.Proxy) for arg in args)):
+            if tracer.set_aside or (name not in _FACTORIES and not any(isinstance(arg, fx.Proxy) for arg in (*args, *kwargs.values()))):
                 return function(*args, **kwargs)
             return tracer.create_proxy("call_function", function, args, kwargs)
 
@@ -66,10 +68,14 @@ class Apply:
 
 @contextmanager
 def recorded_autograd_functions(tracer: Tracer) -> Iterator[None]:
-    """`autograd.Function`s are recorded whole."""
+    """`autograd.Function`s are recorded whole, but for that of `torch.utils.checkpoint`: what runs under it is recorded, and marked."""
     original = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if cls is checkpoint.CheckpointFunction and not tracer.set_aside:
+            function, _, *given = args
+            with tracer.checkpointed({"use_reentrant": True}):
+                return function(*given)
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         if tracer.set_aside or not any(isinstance(leaf, fx.Proxy) for leaf in leaves):
             return original.__get__(None, cls)(*args, **kwargs)
@@ -119,28 +125,29 @@ def noticed_draws(tracer: Tracer) -> Iterator[None]:
 
 @contextmanager
 def recorded_checkpoints(tracer: Tracer) -> Iterator[None]:
-    """Inside, a function that runs under `torch.utils.checkpoint` is recorded, and marked as such."""
-    run, generator = checkpoint._checkpoint_impl, checkpoint._checkpoint_without_reentrant_generator
+    """Inside, what runs under `torch.utils.checkpoint(use_reentrant=False)` is recorded, and marked."""
+    name = "_checkpoint_without_reentrant_generator"  # around which the function is called; later versions have it in another
+    name = f"{name}_impl" if hasattr(checkpoint, f"{name}_impl") else name
+    run = getattr(checkpoint, name)
+    usual = inspect.signature(checkpoint.checkpoint).parameters
+    own = ("args", "kwargs", "preserve_rng_state")  # generators are always put back: whatever the model draws, its sites will
 
-    def record(function: Callable[..., Any], args: Any, kwargs: Any, **options: Any) -> Any:
+    def record(*args: Any, **kwargs: Any) -> Iterator[None]:
         if tracer.set_aside:
-            return run(function, args, kwargs, **options)
-        usual = inspect.signature(run).parameters
-        options.pop("preserve_rng_state", None)  # always: whatever the model draws, its sites will
-        options = {name: value for name, value in options.items() if value is not usual[name].default}
+            yield from run(*args, **kwargs)
+            return
+        given = inspect.signature(run).bind(*args, **kwargs).arguments
+        options = {key: value for key, value in given.items() if key in usual and key not in own and value is not usual[key].default}
         if not all(isinstance(value, (bool, str)) for value in options.values()):
             raise Untraceable(f"it checkpoints activations with options of its own, {', '.join(options)}, which a graph would not keep")
-        with tracer.checkpointed(options):
-            return function(*args, **kwargs)
+        with tracer.checkpointed({"use_reentrant": False, **options}):
+            yield
 
-    checkpoint._checkpoint_impl = record
-    checkpoint._checkpoint_without_reentrant_generator = _refusing(
-        tracer, generator, "it checkpoints activations in a way that a graph would not keep"
-    )
+    setattr(checkpoint, name, record)
     try:
         yield
     finally:
-        checkpoint._checkpoint_impl, checkpoint._checkpoint_without_reentrant_generator = run, generator
+        setattr(checkpoint, name, run)
 
 
 def _refusing(tracer: Tracer, function: Callable[..., Any], why: str) -> Callable[..., Any]:

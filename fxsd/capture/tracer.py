@@ -91,6 +91,7 @@ class Tracer(fx.Tracer):
         self._flags: dict[str, fx.Proxy] = {}
         self.examples: Examples | None = None
         self._decided: dict[tuple[fx.Node, type], Any] = {}
+        self._targets: dict[Any, Any] = {}
         self.set_aside = False
         self.checkpoint: Checkpoint | None = None  # what is traced now runs under it
         self._checkpoints = 0
@@ -174,6 +175,13 @@ class Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Value(node, self)
 
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        # The code generator of torch 2.7 takes equal targets, such as two `Constant`s, only if they are the same object.
+        node = super().create_node(kind, self._targets.setdefault(target, target), *args, **kwargs)
+        if self.checkpoint:
+            node.meta[MARK] = self.checkpoint
+        return node
+
     # --- where Python must know a value -----------------------------------------------------------------------------
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -201,12 +209,6 @@ class Tracer(fx.Tracer):
         if self.examples is None:
             raise Untraceable("it decides on a value of the trace.")
         return self.examples.value(obj.node)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
-        if self.checkpoint:
-            node.meta[MARK] = self.checkpoint
-        return node
 
     @contextmanager
     def checkpointed(self, options: dict[str, Any]) -> Iterator[None]:
