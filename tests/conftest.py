@@ -6,6 +6,9 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # two workers share the machine
 
 TOOLS = Path(__file__).parents[1] / "tools"
 

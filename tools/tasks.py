@@ -110,7 +110,7 @@ def _stdlib(source: Source, seed: int) -> Task:
         cut = [codes[start : start + count * LENGTH].view(count, LENGTH) for start in (0, 1)]
         return TensorDataset(*cut)
 
-    test, validation, train = samples(texts[:tenth], 2000), samples(texts[tenth : 2 * tenth], 1000), texts[2 * tenth :]
+    test, validation, train = samples(texts[:tenth], 1000), samples(texts[tenth : 2 * tenth], 300), texts[2 * tenth :]
     return Task(samples(train, source.samples or 4000), validation, test, (LENGTH,), 128, LOSS)
 
 
