@@ -29,7 +29,7 @@ from trials import SEARCH_SEEDS, Candidate, Summary, best, for_equal_time, run_a
 from fxsd import FxsdError
 from fxsd.ops import METHODS
 
-QUICK = {"seeds": 3, "epochs": 6, "blocks": 12}
+QUICK = {"seeds": 3, "epochs": 10, "samples": 1000}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,14 +167,14 @@ def _parser() -> argparse.ArgumentParser:
     data = f"{MNIST1D} (generated), {DIGITS} (scikit-learn's), {STDLIB} (the source of Python's library, by characters), {own}"
     parser.add_argument("--data", metavar="NAME", default=MNIST1D, help=f"{data}; default {MNIST1D}")
     parser.add_argument(
-        "--noise", metavar="X", type=float, nargs=2, default=(1.0, 0.2), help="of MNIST-1D, correlated and independent; default 1 .2"
+        "--noise", metavar="X", type=float, nargs=2, default=(0.6, 0.12), help="of MNIST-1D, correlated and independent; default .6 .12"
     )
     parser.add_argument("--samples", metavar="N", type=positive, help="to train on at most")
     parser.add_argument("--side", metavar="N", type=positive, default=64, help="of images from a folder; default 64")
     net = parser.add_argument_group("the net")
     net.add_argument("--model", metavar="NAME", help=f"{RESNET}, {TRANSFORMER} (for text) or torchvision:NAME; default what suits the data")
     net.add_argument("--blocks", metavar="N", type=positive, default=16, help="residual blocks; default 16")
-    net.add_argument("--width", metavar="N", type=positive, default=64, help="channels; default 64")
+    net.add_argument("--width", metavar="N", type=positive, default=32, help="channels; default 32")
     net.add_argument("--stages", metavar="N", type=positive, default=1, help="after each but the last, sides are halved; default 1")
     net.add_argument("--norm", choices=NORMS, help="of the resnet; default batch")
     net.add_argument("--dropout", metavar="P", type=probability, default=0.0, help="inside the branches; default 0")
@@ -188,10 +188,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     training = parser.add_argument_group("training")
     training.add_argument("--seeds", metavar="N", type=positive, default=5, help="default 5")
-    training.add_argument("--epochs", metavar="N", type=positive, default=20, help="default 20")
+    training.add_argument("--epochs", metavar="N", type=positive, default=30, help="default 30")
     training.add_argument("--batch", metavar="N", type=positive, default=100, help="default 100")
     training.add_argument(
-        "--lr", metavar="X", type=float, nargs="+", default=[3e-3], help="of several, each arm's best on validation data; default .003"
+        "--lr", metavar="X", type=float, nargs="+", default=[1e-2], help="of several, each arm's best on validation data; default .01"
     )
     training.add_argument("--weight-decay", metavar="X", type=float, default=0.01, help="default .01")
     training.add_argument("--search-seeds", metavar="N", type=positive, default=3, help="for each candidate; default 3")
@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     training.add_argument("--threads", metavar="N", type=positive, default=1, help="of torch on the CPU; default 1")
     training.add_argument("--jobs", metavar="N", type=positive, default=1, help="processes, one thread each; default 1")
-    training.add_argument("--quick", action="store_true", help="a small net, few epochs and 3 seeds: two minutes")
+    training.add_argument("--quick", action="store_true", help="1,000 samples, 10 epochs and 3 seeds: a minute")
     parser.add_argument("--json", metavar="FILE", help="writes all figures, with the machine and the settings")
     parser.add_argument("--plot", metavar="FILE.png", help="draws learning curves; needs matplotlib")
     return parser
