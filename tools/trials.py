@@ -54,7 +54,7 @@ class Summary:
     train: Interval
     test: Interval
     difference: Interval | None
-    time_ratio: float | None  # the median over seeds
+    time_ratio: float | None  # the median over seeds; of runs that took turns with the base
 
 
 def run_all(
@@ -118,7 +118,8 @@ def _summary(arm: Arm, own: Sequence[Run], base: dict[int, Run]) -> Summary:
     difference, ratio = None, None
     if base and arm.compute != BASE:
         difference = Interval.of([run.test - base[run.seed].test for run in own])
-        ratio = median(run.total_seconds / base[run.seed].total_seconds for run in own)
+        if arm.epochs_of == 1.0:  # others ran at another time
+            ratio = median(run.total_seconds / base[run.seed].total_seconds for run in own)
     test, fitted = (Interval.of([getattr(run, part) for run in own]) for part in ("test", "train"))
     return Summary(arm, len(own[0].seconds), len(own), fitted, test, difference, ratio)
 
