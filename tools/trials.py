@@ -74,10 +74,13 @@ def run_all(
         return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_thread) as pool:
         futures = [pool.submit(_run, job, setting, final) for job in jobs]
-        for future in as_completed(futures):
-            runs = future.result()
-            say(f"seed {runs[0].seed}", done=len(runs))
-            yield runs
+        try:
+            for future in as_completed(futures):
+                runs = future.result()
+                say(f"seed {runs[0].seed}", done=len(runs))
+                yield runs
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error or an interrupt, those that have not begun never do
 
 
 def _run(job: tuple[int, Sequence[Arm]], setting: Setting, final: bool, say: Say = lambda text, done=0: None) -> list[Run]:
