@@ -127,8 +127,8 @@ def _summary(arm: Arm, own: Sequence[Run], base: dict[int, Run]) -> Summary:
     return Summary(arm, len(own[0].seconds), len(own), fitted, test, difference, ratio)
 
 
-def learning_curves(runs: Sequence[Run]) -> Iterator[tuple[str, list[Interval]]]:
+def learning_curves(runs: Sequence[Run]) -> Iterator[tuple[Arm, list[Interval]]]:
     """For each arm its validation metric after each epoch."""
     for arm in dict.fromkeys(run.arm for run in runs):
         columns = zip(*(run.validation for run in runs if run.arm == arm), strict=True)
-        yield arm.label, [Interval.of(column) for column in columns]
+        yield arm, [Interval.of(column) for column in columns]
