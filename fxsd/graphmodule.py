@@ -8,6 +8,7 @@ tree and pickles the graph itself.
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 import sys
 from collections import OrderedDict
@@ -33,8 +34,6 @@ CONSTANTS = "fxsd_constants"  # the module that holds tensors made while tracing
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
 _REGISTERED = {*_HOOKS, "_modules", "_parameters", "_buffers"}
-# By which models of the libraries around switch checkpointing of their activations on and off, with `enable` as the first argument.
-_CHECKPOINTING = ("set_grad_checkpointing", "_set_gradient_checkpointing")
 _GENERATED = {"_graph", "_code", "_lineno_map", "_prologue_start", "eval_graph"}
 
 
@@ -235,12 +234,18 @@ def _empty(original: type[nn.Module]) -> StochasticGraphModule:
     elif issubclass(original, fx.GraphModule):
         original = nn.Module
     bases = (StochasticGraphModule,) if original is nn.Module else (StochasticGraphModule, original)
-    switches = {name: _told_too_late(getattr(original, name)) for name in _CHECKPOINTING if hasattr(original, name)}
+    switches = {name: _told_too_late(getattr(original, name)) for name in dir(original) if _switches_checkpointing(original, name)}
     try:
         cls = type(original.__name__, bases, {"original_class": original, **switches})
     except TypeError:
         cls = type(original.__name__, (StochasticGraphModule,), {})
     return cast(StochasticGraphModule, object.__new__(cls))
+
+
+def _switches_checkpointing(cls: type[nn.Module], name: str) -> bool:
+    """Is this a method that switches checkpointing of activations on and off, as its name says, and its argument `enable`?"""
+    method = getattr(cls, name, None) if "checkpointing" in name else None
+    return inspect.isfunction(method) and list(inspect.signature(method).parameters)[1:2] == ["enable"]
 
 
 def _told_too_late(switch: Callable[..., Any]) -> Callable[..., Any]:

@@ -173,7 +173,6 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
     branch = retired.get(residual.branch, residual.branch)
     nodes = [node for node in region.nodes if node not in retired]
     sides = [arg for arg in add.args if arg is not branch]
-    apart = any(node.meta.get(MARK) != add.meta.get(MARK) for node in nodes)  # a checkpoint holds some of it
     with graph.inserting_before(nodes[0]):
         rows = graph.call_module(target, (retired.get(region.entries[0], region.entries[0]),))
     taken = []
@@ -193,7 +192,7 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
             for node in nodes:
                 node.replace_input_with(number, count)
     _mark(rows, residual, retired)
-    if apart:
+    if any(node.meta.get(MARK) != add.meta.get(MARK) for node in nodes):  # a checkpoint holds some of the branch
         rows.meta.pop(MARK, None)
     if region.merges:
         add.op, add.target, add.args, add.kwargs = "call_function", merge, (sides[0], branch, rows, add.args[0] is branch), {}

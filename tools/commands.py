@@ -25,7 +25,7 @@ from fxsd.rates import NAMED
 
 def step(args: argparse.Namespace) -> None:
     """Measures training steps, prints a table for each model, and writes the files asked for."""
-    _check(args)
+    check(args)
     names = args.model or ["vit"]
     subjects = {name: trainable(name, args.shape and tuple(args.shape)) for name in names}
     rates = args.rate or [Rate("uniform", 0.5)]
@@ -54,7 +54,7 @@ def step(args: argparse.Namespace) -> None:
 
 def op(args: argparse.Namespace) -> None:
     """Measures the op alone, prints a table, and writes the figures where asked to."""
-    _check(args)
+    check(args)
     rows: list[OpRow] = []
     with measuring.progress(len(SHAPES)) as say:
         for shape in SHAPES:
@@ -71,11 +71,11 @@ def _tell(say: Callable[[str], None], where: str, text: str) -> None:
     say(f"{where}: {text}")
 
 
-def check_files(args: argparse.Namespace) -> None:
-    """Files that are asked for can be written.
+def check(args: argparse.Namespace) -> None:
+    """Sets torch's threads, if what is asked for can be had.
 
     Raises:
-        FxsdError: there is no such folder, or no matplotlib.
+        FxsdError: there is no folder for a file, no matplotlib, or no GPU.
     """
     for option in ("json", "plot"):
         target = getattr(args, option, None)
@@ -86,10 +86,6 @@ def check_files(args: argparse.Namespace) -> None:
             import matplotlib  # noqa: F401
         except ImportError as error:
             raise FxsdError("--plot needs matplotlib: pip install matplotlib") from error
-
-
-def _check(args: argparse.Namespace) -> None:
-    check_files(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise FxsdError("--device cuda needs a GPU that torch can use, and there is none.")
     torch.set_num_threads(args.threads)

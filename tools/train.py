@@ -18,13 +18,14 @@ from typing import Any
 import measuring
 import plotting
 import torch
-from commands import check_files, positive, probability, spread
+from commands import check, positive, probability, spread
 from nets import NORMS, Size
 from rich.text import Text
 from stepping import Rate
 from tasks import DIGITS, LOSS, MNIST1D, STDLIB, Source
-from training import BASE, RESNET, TRANSFORMER, Arm, Run, Setting, build, cached_task
+from training import RESNET, TRANSFORMER, Arm, Run, Setting, build, cached_task
 from trials import SEARCH_SEEDS, Candidate, Summary, best, for_equal_time, run_all, summarize
+from variants import BASE
 
 from fxsd import FxsdError
 from fxsd.ops import METHODS
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Searches, trains, prints the table and writes the files asked for."""
-    _check(args)
+    check(args)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     setting = _setting(args)
     task = cached_task(setting.source, 0)
     build(setting, task)  # bad arguments show before minutes are spent
@@ -58,16 +60,17 @@ def run(args: argparse.Namespace) -> None:
     base, own = (next((c[0].arm for c in found if c[0].arm in candidates), candidates[0]) for candidates in options)
     arms = [base, *(replace(own, label=f"fxsd {compute}", compute=compute) for compute in args.compute)]
     results: list[Run] = []
+
+    def collect(arms: Sequence[Arm]) -> None:
+        for runs in run_all([(seed, arms) for seed in range(args.seeds)], setting, args.jobs, say):
+            results.extend(runs)
+            _write(args, found, results)
+
     with measuring.progress(args.seeds * (len(arms) + bool(args.equal_time))) as say:
         try:
-            for runs in run_all([(seed, arms) for seed in range(args.seeds)], setting, args.jobs, say):
-                results += runs
-                _write(args, found, results)
+            collect(arms)
             if args.equal_time:
-                longer = for_equal_time(arms[-1], results)
-                for runs in run_all([(seed, [longer]) for seed in range(args.seeds)], setting, args.jobs, say):
-                    results += runs
-                    _write(args, found, results)
+                collect([for_equal_time(arms[-1], results)])
         except KeyboardInterrupt:
             if not results:
                 raise
@@ -89,23 +92,11 @@ def _search(options: Sequence[Sequence[Arm]], setting: Setting, metric: str, arg
     return found
 
 
-def _check(args: argparse.Namespace) -> None:
-    check_files(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise FxsdError("--device cuda needs a GPU that torch can use, and there is none.")
-    torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-
-
 def _setting(args: argparse.Namespace) -> Setting:
-    text = args.data == STDLIB
-    model = args.model or (TRANSFORMER if text else RESNET)
-    norm = args.norm or "batch"
-    size = Size(args.blocks, args.width, args.stages, norm, args.dropout)
     return Setting(
         source=Source(args.data, tuple(args.noise), args.samples, args.side),
-        size=size,
-        model=model,
+        size=Size(args.blocks, args.width, args.stages, args.norm, args.dropout),
+        model=args.model or (TRANSFORMER if args.data == STDLIB else RESNET),
         method=args.method,
         epochs=args.epochs,
         batch=args.batch,
@@ -176,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     net.add_argument("--blocks", metavar="N", type=positive, default=16, help="residual blocks; default 16")
     net.add_argument("--width", metavar="N", type=positive, default=32, help="channels; default 32")
     net.add_argument("--stages", metavar="N", type=positive, default=1, help="after each but the last, sides are halved; default 1")
-    net.add_argument("--norm", choices=NORMS, help="of the resnet; default batch")
+    net.add_argument("--norm", choices=NORMS, default="batch", help="of the resnet; default batch")
     net.add_argument("--dropout", metavar="P", type=probability, default=0.0, help="inside the branches; default 0")
     depth = parser.add_argument_group("stochastic depth")
     rates = "a distribution and a rate, such as linear:.4; of several, the best on validation data; default linear:.3"

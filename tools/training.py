@@ -21,7 +21,6 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 import fxsd
 from fxsd import FxsdError
 
-BASE = "base"
 RESNET, TRANSFORMER = "resnet", "transformer"
 
 

@@ -10,7 +10,8 @@ from statistics import fmean, median, stdev
 
 import torch
 from tasks import LOSS
-from training import BASE, Arm, Run, Setting, train
+from training import Arm, Run, Setting, train
+from variants import BASE
 
 Say = Callable[..., None]
 SEARCH_SEEDS = 1000  # the first seed of the search; those of the results start at 0

@@ -129,14 +129,14 @@ def recorded_checkpoints(tracer: Tracer) -> Iterator[None]:
     name = "_checkpoint_without_reentrant_generator"  # around which the function is called; later versions have it in another
     name = f"{name}_impl" if hasattr(checkpoint, f"{name}_impl") else name
     run = getattr(checkpoint, name)
-    usual = inspect.signature(checkpoint.checkpoint).parameters
+    signature, usual = inspect.signature(run), inspect.signature(checkpoint.checkpoint).parameters
     own = ("args", "kwargs", "preserve_rng_state")  # generators are always put back: whatever the model draws, its sites will
 
     def record(*args: Any, **kwargs: Any) -> Iterator[None]:
         if tracer.set_aside:
             yield from run(*args, **kwargs)
             return
-        given = inspect.signature(run).bind(*args, **kwargs).arguments
+        given = signature.bind(*args, **kwargs).arguments
         options = {key: value for key, value in given.items() if key in usual and key not in own and value is not usual[key].default}
         if not all(isinstance(value, (bool, str)) for value in options.values()):
             raise Untraceable(f"it checkpoints activations with options of its own, {', '.join(options)}, which a graph would not keep")

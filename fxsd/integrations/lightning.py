@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fxsd.errors import FxsdError
-from fxsd.schedule import DropRateSchedule, Schedule
+from fxsd.integrations.rates import PlannedRates
+from fxsd.schedule import DropRateSchedule
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +17,7 @@ except ImportError:
         raise FxsdError("fxsd.integrations.lightning needs Lightning: pip install lightning") from error
 
 
-class DropRateCallback(Callback):
+class DropRateCallback(PlannedRates, Callback):
     """Moves the rate of the transformed models in a LightningModule at each optimizer step, and logs it as `drop_rate`.
 
     The module holds a transformed model, `self.model = fxsd.transform(...)` in its `__init__` or `configure_model`. Checkpoints of the
@@ -36,19 +37,8 @@ class DropRateCallback(Callback):
         {}
     """
 
-    def __init__(
-        self,
-        schedule: Schedule = "constant",
-        drop_rate: float | None = None,
-        *,
-        steps: int | None = None,
-        warmup_steps: int = 0,
-    ) -> None:
-        DropRateSchedule.check(schedule, drop_rate, 1 if steps is None else steps, warmup_steps)
-        self.schedule, self.drop_rate, self.steps, self.warmup_steps = schedule, drop_rate, steps, warmup_steps
-        self.plan: DropRateSchedule | None = None  # of the run
-        self._restored: dict[str, Any] = {}
-        self._done = 0
+    _restored: dict[str, Any] | None = None  # what a checkpoint held
+    _done = 0  # optimizer steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state = self.state_dict()
@@ -72,7 +62,7 @@ class DropRateCallback(Callback):
             self.plan.step()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._restored if self.plan is None else self.plan.state_dict()
+        return self._restored or {} if self.plan is None else self.plan.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored, self.plan = state_dict, None

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from fxsd.errors import FxsdError
-from fxsd.schedule import DropRateSchedule, Schedule
+from fxsd.integrations.rates import PlannedRates
+from fxsd.schedule import DropRateSchedule
 from fxsd.site import get_drop_rate
 
 try:
@@ -16,7 +17,7 @@ except ImportError as error:
     raise FxsdError("fxsd.integrations.transformers needs Hugging Face's transformers: pip install transformers accelerate") from error
 
 
-class DropRateCallback(TrainerCallback):
+class DropRateCallback(PlannedRates, TrainerCallback):
     """Moves the rate of a transformed model at each optimizer step of a Trainer, and logs it as `drop_rate`.
 
     A run that resumes from a checkpoint goes on at the rate of its step, which the checkpoint of the Trainer holds. The rate is in the
@@ -35,18 +36,6 @@ class DropRateCallback(TrainerCallback):
         >>> callback.plan is None  # until training begins, with `Trainer(model=gm, callbacks=[callback], ...).train()`
         True
     """
-
-    def __init__(
-        self,
-        schedule: Schedule = "constant",
-        drop_rate: float | None = None,
-        *,
-        steps: int | None = None,
-        warmup_steps: int = 0,
-    ) -> None:
-        DropRateSchedule.check(schedule, drop_rate, 1 if steps is None else steps, warmup_steps)
-        self.schedule, self.drop_rate, self.steps, self.warmup_steps = schedule, drop_rate, steps, warmup_steps
-        self.plan: DropRateSchedule | None = None  # of the run
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
