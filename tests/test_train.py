@@ -166,6 +166,16 @@ def test_arms_of_one_seed_share_data_start_and_order():
     assert len(base.train_loss) == len(base.validation) == len(base.seconds) == 2
 
 
+def test_a_long_run_is_evaluated_at_some_epochs_and_the_last(monkeypatch: pytest.MonkeyPatch):
+    training = module("training")
+    monkeypatch.setattr(training, "POINTS", 3)
+    run = training.train(an_arm(), 0, a_setting(epochs=8))
+    assert run.validated == [3, 6, 8]
+    assert len(run.validation) == 3
+    (curve,) = module("trials").learning_curves([run])
+    assert curve[1] == run.validated
+
+
 def test_a_compiled_run_trains_as_an_eager_one():
     training = module("training")
     eager, compiled = (training.train(an_arm(), 0, a_setting(compile=backend, epochs=1)) for backend in ("", "aot_eager"))
@@ -176,7 +186,7 @@ def test_a_compiled_run_trains_as_an_eager_one():
 
 
 def a_run(arm: object, seed: int, metric: str = "accuracy", validation: float = 0.0, test: float = 0.0, seconds: float = 1.0):
-    return module("training").Run(arm, seed, metric, [0.0], [validation], [seconds], 0.0, test)
+    return module("training").Run(arm, seed, metric, [0.0], [validation], [1], [seconds], 0.0, test)
 
 
 def test_an_interval_is_that_of_students_t():

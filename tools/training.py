@@ -22,6 +22,7 @@ import fxsd
 from fxsd import FxsdError
 
 RESNET, TRANSFORMER = "resnet", "transformer"
+POINTS = 30  # of a learning curve at most; evaluation takes time too
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Run:
     seed: int
     metric: str
     train_loss: list[float] = field(default_factory=list)  # of each epoch, in training mode
-    validation: list[float] = field(default_factory=list)  # the metric, after each epoch
+    validation: list[float] = field(default_factory=list)  # the metric, after each of the epochs in `validated`
+    validated: list[int] = field(default_factory=list)  # numbers of epochs, from 1; the last is among them
     seconds: list[float] = field(default_factory=list)  # of each epoch, without evaluation
     train: float = 0.0  # the metric in evaluation mode, at the end
     test: float = 0.0
@@ -162,7 +164,9 @@ def _fit(model: nn.Module, arm: Arm, seed: int, setting: Setting, task: Task, fi
             losses.append(loss.detach())
         run.train_loss.append(torch.stack(losses).mean().item())  # waits for the device
         run.seconds.append(time.perf_counter() - began)
-        run.validation.append(score(model, task.validation, task.metric, device))
+        if (epoch + 1) % -(-epochs // POINTS) == 0 or epoch + 1 == epochs:
+            run.validation.append(score(model, task.validation, task.metric, device))
+            run.validated.append(epoch + 1)
     run.train = score(model, task.train, task.metric, device)
     if final:
         run.test = score(model, task.test, task.metric, device)

@@ -128,8 +128,9 @@ def _summary(arm: Arm, own: Sequence[Run], base: dict[int, Run]) -> Summary:
     return Summary(arm, len(own[0].seconds), len(own), fitted, test, difference, ratio)
 
 
-def learning_curves(runs: Sequence[Run]) -> Iterator[tuple[Arm, list[Interval]]]:
-    """For each arm its validation metric after each epoch."""
+def learning_curves(runs: Sequence[Run]) -> Iterator[tuple[Arm, list[int], list[Interval]]]:
+    """For each arm the epochs after which it was evaluated, and its validation metric then."""
     for arm in dict.fromkeys(run.arm for run in runs):
-        columns = zip(*(run.validation for run in runs if run.arm == arm), strict=True)
-        yield arm, [Interval.of(column) for column in columns]
+        own = [run for run in runs if run.arm == arm]
+        columns = zip(*(run.validation for run in own), strict=True)
+        yield arm, own[0].validated, [Interval.of(column) for column in columns]
