@@ -1,12 +1,12 @@
 """Which branches may run on some rows of the batch: F(x)[rows] == F(x[rows]) in training, and nobody else looks at what F computes.
 
 Pure analysis. The graph is followed on tensors without data at two batch sizes, which shows where the batch is; then each branch is run
-on a few rows of random numbers, alone, which shows whether its rows depend on each other. The model is left as it is.
+on a few rows of random numbers, alone (`fxsd.probe`), which shows whether its rows depend on each other. The model is left as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -15,30 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxsd.capture import Part
 from fxsd.capture.calls import Call, without_values
-from fxsd.capture.examples import Examples, computed
+from fxsd.capture.examples import Examples
 from fxsd.capture.modes import in_mode
 from fxsd.capture.signature import bind
 from fxsd.checkpoints import MARK
 from fxsd.errors import told
+from fxsd.probe import ROWS, Illegal, Probe, awake, random_like
 from fxsd.residual import Residual
-from fxsd.skip import empty_in_format
 from fxsd.values import is_plain_add, written
-from fxsd.versions import NO_COND
 
 SIZES = (4, 6)  # of the batch, to see what goes with it
 # FLOPs saved for each value of the residual stream from which on skipping beat the mask, on a CPU, for branches of 16 to 1024 FLOPs a
 # value and rates from .07 to .5. A row out and in again is some passes over memory, whatever the branch does.
 _LEAST_GAIN = 32
-_ROWS = 3  # of random numbers, to see what rows have to do with each other
-
-
-class Illegal(Exception):
-    """The branch cannot run on some rows; says why."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +161,8 @@ class Batch:
         self._check_users(residual, inside)
         self._check_writes(residual, nodes, entries)
         generator = torch.Generator().manual_seed(0)
-        given = {node: self._real(node, _ROWS if node in entries else None, generator) for node in outside}
-        probe = _Probe(self.module, residual, nodes, given, set(entries), counts)
+        given = {node: self._real(node, ROWS if node in entries else None, generator) for node in outside}
+        probe = Probe(self.module, residual, nodes, given, set(entries), counts)
         least_rows = probe.on_none() if all_or_none else probe.least_rows(subset_batch_norm)
         work = sum(self.flops[node] for node in nodes) / max(self.values[0][residual.branch].numel(), 1)
         merges = is_plain_add(residual.add) and [arg is residual.branch for arg in residual.add.args].count(False) == 1
@@ -220,11 +213,11 @@ class Batch:
         """Stands for a value that enters a branch: the model's own, or random numbers like it with so many rows."""
         if node.op == "get_attr":
             found = self.attribute(str(node.target))
-            return _awake(found.detach()).clone() if isinstance(found, Tensor) else found
+            return awake(found.detach()).clone() if isinstance(found, Tensor) else found
         value = self.values[0][node]
         if not isinstance(value, Tensor):
-            return torch.utils._pytree.tree_map_only(Tensor, lambda leaf: _random(leaf, None, generator), value)
-        return _random(value, rows, generator)
+            return torch.utils._pytree.tree_map_only(Tensor, lambda leaf: random_like(leaf, None, generator), value)
+        return random_like(value, rows, generator)
 
     def _back(self, end: fx.Node, start: fx.Node) -> set[fx.Node]:
         """`end` and what it comes from, as far as it lies behind `start` in the graph."""
@@ -292,167 +285,6 @@ class Batch:
             raise Illegal(f"it adds in place into {target.name}, which is read afterwards")
 
 
-def _awake(tensor: Tensor) -> Tensor:
-    """A parameter, or random numbers where it is nought: what it multiplies shall be seen."""
-    if tensor.dtype.is_floating_point and tensor.numel() and tensor.abs().max() < 1e-3:
-        return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor.device, tensor.dtype)
-    return tensor
-
-
-class _Probe:
-    """Runs one branch alone, on random numbers."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        residual: Residual,
-        nodes: Sequence[fx.Node],
-        given: Mapping[fx.Node, Any],
-        entries: Set[fx.Node],
-        counts: Mapping[fx.Node, int],
-    ) -> None:
-        self.module, self.residual, self.nodes, self.outside, self.entries, self.counts = module, residual, nodes, given, entries, counts
-        self.stays = NO_COND  # why torch.cond cannot leave it out; known once it has run
-        self.called = {name: module.get_submodule(name) for name in (str(node.target) for node in nodes if node.op == "call_module")}
-        self.parameters = {
-            name: {key: _awake(parameter.detach()).clone() for key, parameter in called.named_parameters()}
-            for name, called in self.called.items()
-        }
-
-    def least_rows(self, subset_batch_norm: bool) -> int:
-        """How many rows the branch needs.
-
-        Raises:
-            Illegal: its rows depend on each other, or it writes into what is not its own.
-        """
-        with torch.no_grad(), in_mode(self.module, True):
-            draws = _NoDraws()
-            why = self._mixes(draws)
-            if why and draws.batch_norm:
-                if not subset_batch_norm:
-                    raise Illegal("its branch has batch norm, which would see the kept samples only; subset_batch_norm=True allows that")
-                why = self._mixes(_NoDraws(fixed_statistics=True)) or ("" if self._runs(2) else "its branch does not run on two samples")
-                if not why:
-                    return 2
-            if why:
-                raise Illegal(why)
-            rows = next((rows for rows in (0, 1, 2) if self._runs(rows)), None)
-        if rows is None:
-            raise Illegal("its branch does not run on one sample or two")
-        return rows
-
-    def on_none(self) -> int:
-        """Zero, which is how many rows the branch needs.
-
-        Raises:
-            Illegal: it needs more.
-        """
-        with torch.no_grad(), in_mode(self.module, True):
-            if not self._runs(0):
-                raise Illegal("its branch does not run on a batch of no samples")
-        return 0
-
-    def _mixes(self, draws: _NoDraws) -> str:
-        """Says how its rows depend on each other, if they do: the last two, swapped, against all of which the first is not a number."""
-        swapped = [2, 1]
-        with draws:
-            try:
-                given = self._given(2, lambda value: value[swapped])
-                before = {node: _copied(value) for node, value in given.items()}
-                part = self._run(given)
-                changed = [node.name for node, value in given.items() if not _equal(value, before[node])]
-                if changed:
-                    return f"its branch writes into {changed[0]}, which comes from outside"
-                whole = self._run(self._given(_ROWS, _tainted))
-            except Exception as error:
-                return f"its branch does not run on some of the samples ({told(error)})"
-        if not isinstance(part, Tensor) or part.shape[:1] != (2,) or not part.isfinite().all():
-            return "its branch gives no finite numbers, one row a sample, for random input"
-        if not isinstance(whole, Tensor) or whole.shape[:1] != (_ROWS,) or whole[1:].isnan().any():
-            return "its branch mixes samples: what it gives for one depends on others"
-        if not _close(whole[swapped], part):
-            return "its branch gives other results for a sample when fewer samples run with it"
-        return ""
-
-    def _runs(self, rows: int) -> bool:
-        try:
-            result = self._run(self._given(rows, lambda value: value[:rows]))
-        except Exception:
-            return False
-        return isinstance(result, Tensor) and result.shape[:1] == (rows,)
-
-    def _given(self, rows: int, entry: Callable[[Tensor], Tensor]) -> dict[fx.Node, Any]:
-        """What enters the branch where so many rows run."""
-        given: dict[fx.Node, Any] = {}
-        for node, value in self.outside.items():
-            if node in self.counts:
-                given[node] = self.counts[node] * rows
-            else:
-                given[node] = entry(value) if node in self.entries else value
-        return given
-
-    def _run(self, given: Mapping[fx.Node, Any]) -> Any:
-        known = dict(given)
-        for node in self.nodes:
-            if node is self.residual.existing:
-                known[node] = known[node.all_input_nodes[0]]
-                continue
-            known[node] = computed(node, known, self._call)
-        return known[self.residual.branch]
-
-    def _call(self, path: str, args: Any, kwargs: Any) -> Any:
-        buffers = {key: tensor.clone() for key, tensor in self.called[path].named_buffers()}
-        result = torch.func.functional_call(self.called[path], self.parameters[path] | buffers, args, kwargs)
-        if any(tensor._version for tensor in buffers.values()):
-            self.stays = f"its branch writes into the buffers of {path}"
-        return result
-
-
-class _NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, whatever is drawn at random is the same for each row: dropout keeps all, noise is one.
-
-    Args:
-        fixed_statistics: batch norm does not look at the batch.
-
-    Attributes:
-        batch_norm: has there been one that does?
-    """
-
-    def __init__(self, fixed_statistics: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.fixed_statistics, self.batch_norm = fixed_statistics, False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        arguments = func._schema.arguments
-        if name == "native_dropout":
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        if "batch_norm" in name and "backward" not in name and any(a.name in ("training", "train") for a in arguments):
-            given = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
-            if given.get("training", given.get("train")):
-                self.batch_norm = True
-                if self.fixed_statistics:
-                    zeros = args[0].new_zeros(args[0].shape[1], dtype=torch.promote_types(args[0].dtype, torch.float32))
-                    ones = torch.ones_like(zeros)
-                    weight, bias, eps = given.get("weight"), given.get("bias"), given.get("eps", given.get("epsilon"))
-                    found = torch.ops.aten.native_batch_norm(args[0], weight, bias, zeros, ones, False, 0.0, eps)
-                    return *found, *(zeros for _ in func._schema.returns[len(found) :])
-        if name.startswith("_scaled_dot_product") or "attention_forward" in name:
-            place = next((i for i, a in enumerate(arguments) if a.name == "dropout_p"), None)
-            if place is not None and place < len(args):
-                args = (*args[:place], 0.0, *args[place + 1 :])
-            return func(*args, **{k: v for k, v in kwargs.items() if k != "dropout_p"})
-        if name == "bernoulli":
-            return args[0].clone()  # what the probabilities depend on
-        result = func(*args, **kwargs)
-        if torch.Tag.nondeterministic_seeded in func.tags and isinstance(result, Tensor):
-            drawn = result is args[0] if args and isinstance(args[0], Tensor) else not any(isinstance(arg, Tensor) for arg in args)
-            if drawn or name in ("rand_like", "randn_like"):
-                result.fill_(int(result.dtype.is_floating_point))  # of places, the first: it is tainted
-        return result
-
-
 def _resized(call: Call, size: int, fakes: FakeTensorMode) -> Call:
     """The call with another number of samples, which is what dim 0 of the first tensor is."""
     leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
@@ -470,32 +302,6 @@ def _resized(call: Call, size: int, fakes: FakeTensorMode) -> Call:
     return found
 
 
-def _random(like: Tensor, rows: int | None, generator: torch.Generator) -> Tensor:
-    """Numbers like those of `like`, in its memory format; of a mask, that nothing is masked; of whole numbers, 0."""
-    made, _ = empty_in_format(like, like.shape if rows is None else (rows, *like.shape[1:]))
-    if made.dtype.is_floating_point or made.dtype.is_complex:
-        drawn = torch.complex64 if made.dtype.is_complex else torch.float32
-        return made.copy_(torch.randn(made.shape, generator=generator, dtype=drawn))
-    return made.fill_(made.dtype is torch.bool)
-
-
-def _tainted(value: Tensor) -> Tensor:
-    """Without numbers in the first row."""
-    value = value.clone()
-    if value.dtype.is_floating_point or value.dtype.is_complex:
-        value[0] = torch.nan
-    return value
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or not a.numel():
-        return a.shape == b.shape
-    if not a.dtype.is_floating_point:
-        return torch.equal(a, b)
-    limit = min(1e4 * torch.finfo(a.dtype).eps, 0.1)
-    return bool((a - b).abs().max() <= limit * a.abs().max())
-
-
 def _same(a: Any, b: Any) -> bool:
     leaves_a, spec_a = torch.utils._pytree.tree_flatten(a)
     leaves_b, spec_b = torch.utils._pytree.tree_flatten(b)
@@ -503,12 +309,3 @@ def _same(a: Any, b: Any) -> bool:
         x.shape == y.shape if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or x == y
         for x, y in zip(leaves_a, leaves_b, strict=True)
     )
-
-
-def _copied(value: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, torch.clone, value)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    pairs = zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b), strict=True)
-    return all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor))
