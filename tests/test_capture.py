@@ -449,6 +449,22 @@ def test_an_optional_argument_keeps_its_default_and_refuses_others():
         gm(x, scale=2.0)
 
 
+def test_an_optional_argument_that_was_given_cannot_be_left_out():
+    class Attending(Masked):
+        def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+            x = x if mask is None else x * 2  # without the check, this would be doubled without a mask, which attention can do without
+            y = self.mlp(x)[None]
+            return x + F.scaled_dot_product_attention(y, y, y, mask)[0]
+
+    x, mask = torch.randn(2, 8), torch.ones(2, 2)
+    model = Attending().eval()
+    gm = fxsd.transform(model, scaling="train", example_inputs=(x, mask))
+    assert torch.equal(gm(x, mask), model(x, mask))
+    for call in (lambda: gm(x), lambda: gm(x, None), lambda: torch.compile(gm, backend="eager")(x)):
+        with pytest.raises(fxsd.FxsdError, match=r"captured with mask given.*example_inputs without mask"):
+            call()
+
+
 def test_a_default_that_is_a_tuple_is_checked_too():
     class Sliced(Masked):
         def forward(self, x: Tensor, columns: tuple[int, int] = (0, 4)) -> Tensor:

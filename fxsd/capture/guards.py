@@ -25,6 +25,20 @@ def check_bound(value: Any, expected: Any, name: str) -> None:
 
 
 @has_side_effect
+def check_given(value: Any, default: Any, name: str) -> None:
+    """Stands for an optional argument that was given when the model was captured.
+
+    Raises:
+        FxsdError: it is not given now.
+    """
+    if value is default:
+        raise FxsdError(
+            f"the model was captured with {name} given, and cannot do without it; "
+            f"pass example_inputs without {name} to fxsd.transform to capture that call."
+        )
+
+
+@has_side_effect
 def check_decision(value: Any, expected: Any, where: str) -> None:
     """Stands for a size (or what was computed from sizes) that the model's Python made a decision on.
 

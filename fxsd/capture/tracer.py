@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from fxsd.capture.calls import Call
 from fxsd.capture.examples import Examples
-from fxsd.capture.guards import check_bound, check_decision
+from fxsd.capture.guards import check_bound, check_decision, check_given
 from fxsd.capture.modes import Flag, live_training
 from fxsd.capture.objects import Constant, MakeObject, is_made_of_attributes
 from fxsd.capture.patches import (
@@ -153,6 +153,8 @@ class Tracer(fx.Tracer):
                 if self._recordable(fixed):
                     self.create_proxy("call_function", check_bound, (value, fixed, name), {})
                 value = fixed
+            elif default and self._recordable(default[0]):
+                self.create_proxy("call_function", check_given, (value, default[0], name), {})
             # An argument that the call leaves out stays left out: decorators tell the difference.
             if name in binding.positional:
                 args.append(value)
