@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from fxsd.skip import Rows, by_stride, fork, merge, take
+from fxsd.rows import Rows, by_stride, fork, merge, take
 
 BRANCH = "_conditional_branch"  # begins the names of the methods that compute branches
 

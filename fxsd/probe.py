@@ -13,7 +13,7 @@ from fxsd.capture.examples import computed
 from fxsd.capture.modes import in_mode
 from fxsd.errors import told
 from fxsd.residual import Residual
-from fxsd.skip import empty_in_format
+from fxsd.rows import empty_in_format
 from fxsd.versions import NO_COND
 
 ROWS = 3  # of random numbers

@@ -32,7 +32,8 @@ from fxsd.checkpoints import MARK
 from fxsd.graphmodule import META, StochasticGraphModule, build, replace_inside, shallow_tree
 from fxsd.ops import StochasticDepth
 from fxsd.residual import Residual
-from fxsd.skip import SkipStochasticDepth, fork, merge, spread, take
+from fxsd.rows import fork, merge, spread, take
+from fxsd.skip import SkipStochasticDepth
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,14 @@ def _rewrite_part(
     twins = {plan.name: eval_residuals[plan.name] for plan in plans if plan.name in eval_residuals}
     retired = _retire(root, [*(plan.residual for plan in plans), *twins.values()])
     numbers: dict[nn.Module, Iterator[int]] = defaultdict(count)  # of the ops in one module
+    rates = [plan.drop_rate for plan in plans if plan.region is not None]
     for plan in plans:
         path = part.to_local(plan.residual.module)
         home = root.get_submodule(path)
         make: Callable[..., StochasticDepth] = StochasticDepth
         if plan.region is not None:
             whole = stochastic_method == "block" and not plan.region.stays
-            make = partial(SkipStochasticDepth, least_rows=plan.region.least_rows, conditional=whole)
+            make = partial(SkipStochasticDepth, least_rows=plan.region.least_rows, conditional=whole, rates=rates)
         op = make(
             plan.drop_rate,
             stochastic_method,

@@ -1,45 +1,28 @@
-"""What runs where a branch is computed on the kept rows only.
-
-    y = shortcut + F(x)      becomes      rows = draw(shortcut); y = merge(shortcut, F(take(x, rows)), rows)
+"""Which rows of a batch a branch runs on.
 
 Of B rows, K run through the branch: B q of them, rounded down or up at random so that their mean is B q, and each row
-is as likely as any other to be among them. So every row is dropped with probability exactly 1 - q, whatever B is. In
-evaluation all rows run, and nothing is taken.
+is as likely as any other to be among them. So every row is dropped with probability exactly 1 - q, whatever B is.
+
+Compiled code has kernels of its own for each number of rows. So it always runs B q rounded up, the last row with weight 0 or 1,
+and where sites have many such numbers, some run a few rows more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
+from fxsd.levels import levels
 from fxsd.ops import StochasticDepth
-from fxsd.versions import SIZES_MOVE
+from fxsd.rows import Rows
+from fxsd.versions import SIZES_MOVE, has_static_value
 
 _PARTS = 1 << 40  # keep_prob in whole parts: a size that compiled code may compute with
 _SLACK = 1 << 20  # parts of a row that are rounding, not rate
-
-
-class Rows(NamedTuple):
-    """Which rows of a batch a branch runs on.
-
-    Attributes:
-        batch: how many rows there are.
-        taken: the rows that run, or None: all of them.
-        place: for each row its place in `taken`, or any number beyond; compiled code only.
-        weight: what the branch is multiplied by, None for one: a number, or one for each row that runs.
-        none: no row runs, instead of `taken`.
-        keep: whether all rows run, or none, is what this says; compiled code only.
-    """
-
-    batch: int
-    taken: Tensor | None = None
-    place: Tensor | None = None
-    weight: Tensor | None = None
-    none: bool = False
-    keep: Tensor | None = None
 
 
 class SkipStochasticDepth(StochasticDepth):
@@ -49,6 +32,7 @@ class SkipStochasticDepth(StochasticDepth):
         drop_rate, stochastic_method, scaling, ...: as for `StochasticDepth`. With `"block"` all rows run, or none.
         least_rows: how many rows the branch must get, those of weight 0 included; it may need one, or two for batch statistics.
         conditional: compiled code may leave the branch out by `torch.cond`; only for `"block"`.
+        rates: drop rates of all sites that skip. Compiled code rounds rows that run up so that these sites have few different numbers.
 
     Shape:
         - Input: any tensor with the batch in dim 0, of which only the size and the device matter.
@@ -65,10 +49,13 @@ class SkipStochasticDepth(StochasticDepth):
 
     compute = "skip"
 
-    def __init__(self, drop_rate: float, *args: Any, least_rows: int = 1, conditional: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, drop_rate: float, *args: Any, least_rows: int = 1, conditional: bool = False, rates: Sequence[float] = (), **kwargs: Any
+    ) -> None:
         super().__init__(drop_rate, *args, **kwargs)
-        self.least_rows, self.conditional = least_rows, conditional
+        self.least_rows, self.conditional, self.rates = least_rows, conditional, tuple(rates)
         self.moved = False  # has the rate been another one?
+        self.met: dict[int, torch.device] = {}  # the batches of compiled code
 
     def forward(self, like: Tensor, mask: bool = False) -> Rows | Tensor:  # type: ignore[override]
         if mask:
@@ -104,17 +91,61 @@ class SkipStochasticDepth(StochasticDepth):
             return self._masked(batch, [], device)
         if self.moved and not SIZES_MOVE:
             return self._masked(batch, [batch], device)
+        if has_static_value(batch):
+            self._meet(batch, device)
+            whole, last = getattr(self, f"kept_{batch}")
+            run = getattr(self, f"size_{batch}").shape[0]
+        else:
+            whole, last, run = self._variable(batch, device)
+        if not self.moved and run == batch:  # of a rate that moves, the answer would be compiled in
+            return self._masked(batch, [batch], device)
+        order = torch.randperm(batch, device=device)
+        kept = whole + torch.binomial(torch.ones_like(last), last)
+        return Rows(batch, order[:run], order.argsort(), self._weights(run, kept, device))
+
+    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+    def _meet(self, batch: int, device: torch.device) -> None:
+        """Compiled code met a batch: this runs in Python, once, while it is compiled."""
+        self.met[batch] = device
+        with _disable_current_modes():
+            self._prepare(batch)
+
+    def _prepare(self, batch: int) -> None:
+        """Computes how many rows are kept for certain, the probability of one more, and how many run.
+
+        How many run is the *size* of an input, which compiled code can take for a variable, so that it can move without compiling
+        again. That takes longer to compile, and runs a little slower, so it is one only once the rate has moved.
+        """
+        whole, rest = _whole_rows(batch, self._keep_parts)
+        size = torch.empty(self._rows_that_run(batch), 0)
+        if self.moved:
+            torch._dynamo.maybe_mark_dynamic(size, 0)
+        setattr(self, f"kept_{batch}", torch.tensor([whole, max(rest, 0) / _PARTS], device=self.met[batch]))
+        setattr(self, f"size_{batch}", size)
+
+    def _rows_that_run(self, batch: int) -> int:
+        if self.moved:
+            return self._at_least(_least(batch, self._keep_parts), batch)
+        own, *all_sites = (
+            batch if _drops_too_few(batch, _whole_rows(batch, parts)[0]) else self._at_least(_least(batch, parts), batch)
+            for parts in (self._keep_parts, *map(_parts, self.rates))
+        )
+        chosen = levels(tuple(all_sites if own in all_sites else [own, *all_sites]), batch)
+        return min(level for level in chosen if level >= own)
+
+    def _at_least(self, rows: int, batch: int) -> int:
+        return min(max(rows, self.least_rows, 1), batch)
+
+    def _variable(self, batch: int, device: torch.device) -> tuple[int, Tensor, int]:
+        """The same for a batch that is a variable itself."""
         parts = self._size.shape[0]
         whole, rest = _whole_rows(batch, parts)
-        if not self.moved and _drops_too_few(batch, whole):  # of a rate that moves, the answer would be compiled in
-            return self._masked(batch, [batch], device)
-        run = (batch * parts + _PARTS - 1 - _SLACK) // _PARTS
+        run = _least(batch, parts)
         if self.least_rows > 1:
-            run = min(max(run, self.least_rows), batch)
-        order = torch.randperm(batch, device=device)
-        chance = torch.full((), rest / _PARTS, device=device) * (self.drop_rate < 1.0)
-        kept = whole + torch.binomial(torch.ones_like(chance), chance)
-        return Rows(batch, order[:run], order.argsort(), self._weights(run, kept, device))
+            run = self._at_least(run, batch)
+        if not self.moved and _drops_too_few(batch, whole):
+            run = batch
+        return whole, torch.full((), rest / _PARTS, device=device) * (self.drop_rate < 1.0), run
 
     def draw_whole(self, like: Tensor) -> Rows:
         """Draws in training whether the branch runs, for `torch.cond`."""
@@ -131,16 +162,17 @@ class SkipStochasticDepth(StochasticDepth):
 
     def _follow(self, drop_rate: float) -> None:
         super()._follow(drop_rate)
-        before, self._keep_parts = self.__dict__.get("_keep_parts"), round((1.0 - self.rate) * _PARTS)
+        before, self._keep_parts = self.__dict__.get("_keep_parts"), _parts(self.rate)
         if before == self._keep_parts:
             return
         self.moved = before is not None
-        # No buffer: the rate is its *size*, which compiled code can take for a variable, so that it can move without compiling again. That
-        # costs compile time, so it is one only once the rate has moved. The sizes 0 and 1 are constants to compiled code, of itself
-        # and of the rows that run, so that one row has to.
+        # No buffer: the rate is its size, as in `_prepare`, for batches that are variables themselves. The sizes 0 and 1 are constants
+        # to compiled code, of itself and of the rows that run, so that one row has to.
         self._size = torch.empty(max(self._keep_parts, 2 * _SLACK), 0)
         if self.moved:
             torch._dynamo.maybe_mark_dynamic(self._size, 0)
+            for batch in self.met:
+                self._prepare(batch)
 
 
 def _drops_too_few(batch: int, kept: int) -> bool:
@@ -155,136 +187,10 @@ def _whole_rows(batch: int, keep_parts: int) -> tuple[int, int]:
     return whole, parts - whole * _PARTS
 
 
-def take(value: Tensor, rows: Rows) -> Tensor:
-    """The rows of `value` that run: `[batch, ...]` -> `[kept, ...]`. One row that stands for all of them is left as it is."""
-    if value.shape[0] == 1 and rows.batch != 1:
-        return value
-    if rows.none:
-        return value[:0]
-    if rows.taken is None:
-        return value
-    return _Take.apply(value, rows.taken, rows.place)  # type: ignore[no-any-return]
+def _least(batch: int, keep_parts: int) -> int:
+    """How many rows have to run: those that may be kept."""
+    return (batch * keep_parts + _PARTS - 1 - _SLACK) // _PARTS
 
 
-def fork(value: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """`value` itself for the shortcut, and the rows of it that run for the branch: one pass less in backward than `take`."""
-    if not rows.none and (rows.taken is None or torch.compiler.is_compiling()):
-        return value, take(value, rows)
-    return _Fork.apply(value, rows.taken)  # type: ignore[no-any-return]
-
-
-def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = False) -> Tensor:
-    """`shortcut` plus the branch in the rows that ran: `[batch, ...]`, `[kept, ...]` -> `[batch, ...]`.
-
-    The result has the memory format of the first operand, as that of an add has: it decides how fast the convolutions after it are.
-    """
-    if rows.taken is None and not rows.none:
-        branch = _weighted(branch, rows.weight)
-        return branch + shortcut if branch_first else shortcut + branch
-    dtype = torch.promote_types(shortcut.dtype, branch.dtype)
-    # No row is merged too, so that parameters of the branch get gradients of zero.
-    taken = torch.empty(0, dtype=torch.long, device=branch.device) if rows.none else rows.taken
-    return _Merge.apply(shortcut.to(dtype), branch, taken, rows.place, rows.weight, branch_first)  # type: ignore[no-any-return]
-
-
-def spread(branch: Tensor, rows: Rows) -> Tensor:
-    """The branch in the rows that ran, and zeros in the others: `[kept, ...]` -> `[batch, ...]`."""
-    if rows.taken is None and not rows.none:
-        return _weighted(branch, rows.weight)
-    zeros = branch.new_zeros(()).expand(rows.batch, *branch.shape[1:])
-    return merge(zeros, branch, rows)
-
-
-def _weighted(branch: Tensor, weight: Tensor | None) -> Tensor:
-    if weight is None:
-        return branch
-    return branch * weight.to(branch.dtype).view([-1] + [1] * (branch.dim() - 1) if weight.dim() else [])
-
-
-def _select(value: Tensor, index: Tensor) -> Tensor:
-    """Rows of `value`, in its memory format."""
-    if torch.compiler.is_compiling() or value.is_contiguous():
-        return value.index_select(0, index)
-    taken, order = empty_in_format(value, (index.shape[0], *value.shape[1:]))
-    torch.index_select(value.permute(order), order.index(0), index, out=taken.permute(order))
-    return taken
-
-
-def _add_rows(base: Tensor, index: Tensor, place: Tensor | None, value: Tensor, like: Tensor) -> Tensor:
-    """A copy of `base` with `value` added to the rows at `index`, in the memory format of `like`."""
-    if place is not None:
-        # Reading each row's value by its place fuses with what comes after; writing by index would need atomic adds.
-        size = [-1] + [1] * (value.dim() - 1)
-        ran = (place < index.shape[0]).view(size)
-        return base + torch.where(ran, value.index_select(0, place.clamp(max=index.shape[0] - 1)), 0)
-    if base.is_contiguous() and like.is_contiguous():
-        return base.index_add(0, index, value)
-    added, order = empty_in_format(like, base.shape)
-    added.copy_(base)
-    added.permute(order).index_add_(order.index(0), index, value.permute(order))
-    return added
-
-
-def empty_in_format(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """A new tensor of a shape in the memory format of `like`, and its dims from the largest stride to the smallest.
-
-    It is no view, so that what comes after may write into it.
-    """
-    steps = like.stride() if 0 not in like.stride() else [0] * like.dim()  # expanded: contiguous, as an add of it is
-    order = by_stride(steps)
-    strides, size = [0] * like.dim(), 1
-    for dim in reversed(order):
-        strides[dim], size = size, size * shape[dim]
-    return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device), order
-
-
-def by_stride(strides: Sequence[int]) -> list[int]:
-    """Dims from the largest stride to the smallest; of equal ones, the first first."""
-    return sorted(range(len(strides)), key=lambda dim: -strides[dim])
-
-
-class _Take(torch.autograd.Function):
-    @staticmethod
-    def forward(value: Tensor, index: Tensor, place: Tensor | None) -> Tensor:
-        return _select(value, index)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        value, ctx.index, ctx.place = inputs
-        ctx.batch = value.shape[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        zeros = grad.new_zeros(()).expand(ctx.batch, *grad.shape[1:])
-        return _add_rows(zeros, ctx.index, ctx.place, grad, grad), None, None
-
-
-class _Fork(torch.autograd.Function):
-    @staticmethod
-    def forward(value: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        # No rows are taken as some are: FSDP sees what enters a module in backward, on every rank at the same time.
-        return value.detach(), value[:0].clone() if index is None else _select(value, index)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.index = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_taken: Tensor) -> Any:
-        return grad if ctx.index is None else _add_rows(grad, ctx.index, None, grad_taken, grad), None
-
-
-class _Merge(torch.autograd.Function):
-    @staticmethod
-    def forward(shortcut: Tensor, branch: Tensor, index: Tensor, place: Tensor | None, weight: Tensor | None, branch_first: bool) -> Tensor:
-        like = branch if branch_first and branch.shape[0] else shortcut  # an empty branch has lost its format
-        return _add_rows(shortcut, index, place, _weighted(branch, weight).to(shortcut.dtype), like)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, branch, ctx.index, ctx.place, ctx.weight, _ = inputs
-        ctx.dtype = branch.dtype
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, _weighted(_select(grad, ctx.index).to(ctx.dtype), ctx.weight), None, None, None, None
+def _parts(drop_rate: float) -> int:
+    return round((1.0 - drop_rate) * _PARTS)

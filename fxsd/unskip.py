@@ -7,7 +7,8 @@ import operator
 from torch import fx, nn
 
 from fxsd.graphmodule import META
-from fxsd.skip import SkipStochasticDepth, fork, merge, spread, take
+from fxsd.rows import fork, merge, spread, take
+from fxsd.skip import SkipStochasticDepth
 
 
 def unskip(graph: fx.Graph, module: nn.Module) -> None:

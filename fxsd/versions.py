@@ -4,6 +4,17 @@ from __future__ import annotations
 
 import torch
 
+try:
+    # Is a size a constant of compiled code?
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+except ImportError:  # 2.7 cannot tell
+
+    def has_static_value(a: object) -> bool:  # type: ignore[misc]
+        return False
+
+
+__all__ = ["NO_COND", "SIZES_MOVE", "has_static_value"]
+
 _RECENT = torch.__version__ >= "2.11"
 
 # Why compiled code cannot leave a branch out, "" if it can: Dynamo of 2.7 does not follow `torch.func.functional_call` into `torch.cond`.

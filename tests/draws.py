@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import fxsd
 from fxsd.ops import StochasticDepth
-from fxsd.skip import Rows, SkipStochasticDepth
+from fxsd.rows import Rows
+from fxsd.skip import SkipStochasticDepth
 
 Table = Callable[[str, int], Tensor]  # site, batch -> which rows are kept
 

@@ -20,7 +20,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import fxsd
-from fxsd.skip import Rows, SkipStochasticDepth, fork, merge, spread, take
+from fxsd.rows import Rows, fork, merge, spread, take
+from fxsd.skip import SkipStochasticDepth
 from fxsd.versions import SIZES_MOVE
 
 RATES = (0.0, 0.05, 0.3, 0.5, 0.9, 1.0)
@@ -430,6 +431,23 @@ def test_compiled_code_takes_the_mask_where_less_than_a_row_is_dropped():
     for rate, taken in ((0.1, False), (0.4, True)):
         op = SkipStochasticDepth(rate)
         assert (torch.compile(lambda x, op=op: op(x).taken, backend="eager", fullgraph=True)(torch.randn(8, 2)) is not None) is taken
+
+
+@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code cannot tell whether the batch is a constant")
+@compiled_code
+def test_compiled_code_that_runs_some_more_rows_drops_as_often():
+    torch._dynamo.reset()
+    op = SkipStochasticDepth(0.3, rates=(0.3, 0.2, 0.2))  # of 9 rows, 7 and twice 8 have to run
+    draw = torch.compile(lambda x: op(x)[1:4], backend="eager", fullgraph=True)
+    calls, counts = 600, torch.zeros(9)
+    for _ in range(calls):
+        taken, _, weight = draw(torch.randn(9, 2))
+        assert len(taken) == 8
+        assert sorted(set(weight.tolist())) == [0.0, 1.0]
+        counts[taken] += weight
+    assert (counts / calls).tolist() == pytest.approx([0.7] * 9, abs=4 * math.sqrt(0.21 / calls))
+    op.set_drop_rate(0.4)  # once rates move there are no constants to save
+    assert len(draw(torch.randn(9, 2))[0]) == 6
 
 
 @compiled_code

@@ -1,0 +1,169 @@
+"""Rows of a batch taken out, and put back in: what runs around a branch that is computed on the kept rows only.
+
+    y = shortcut + F(x)      becomes      rows = draw(shortcut); y = merge(shortcut, F(take(x, rows)), rows)
+
+In evaluation all rows run, and nothing is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Which rows of a batch a branch runs on.
+
+    Attributes:
+        batch: how many rows there are.
+        taken: the rows that run, or None: all of them.
+        place: for each row its place in `taken`, or any number beyond; compiled code only.
+        weight: what the branch is multiplied by, None for one: a number, or one for each row that runs.
+        none: no row runs, instead of `taken`.
+        keep: whether all rows run, or none, is what this says; compiled code only.
+    """
+
+    batch: int
+    taken: Tensor | None = None
+    place: Tensor | None = None
+    weight: Tensor | None = None
+    none: bool = False
+    keep: Tensor | None = None
+
+
+def take(value: Tensor, rows: Rows) -> Tensor:
+    """The rows of `value` that run: `[batch, ...]` -> `[kept, ...]`. One row that stands for all of them is left as it is."""
+    if value.shape[0] == 1 and rows.batch != 1:
+        return value
+    if rows.none:
+        return value[:0]
+    if rows.taken is None:
+        return value
+    return _Take.apply(value, rows.taken, rows.place)  # type: ignore[no-any-return]
+
+
+def fork(value: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """`value` itself for the shortcut, and the rows of it that run for the branch: one pass less in backward than `take`."""
+    if not rows.none and (rows.taken is None or torch.compiler.is_compiling()):
+        return value, take(value, rows)
+    return _Fork.apply(value, rows.taken)  # type: ignore[no-any-return]
+
+
+def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = False) -> Tensor:
+    """`shortcut` plus the branch in the rows that ran: `[batch, ...]`, `[kept, ...]` -> `[batch, ...]`.
+
+    The result has the memory format of the first operand, as that of an add has: it decides how fast the convolutions after it are.
+    """
+    if rows.taken is None and not rows.none:
+        branch = _weighted(branch, rows.weight)
+        return branch + shortcut if branch_first else shortcut + branch
+    dtype = torch.promote_types(shortcut.dtype, branch.dtype)
+    # No row is merged too, so that parameters of the branch get gradients of zero.
+    taken = torch.empty(0, dtype=torch.long, device=branch.device) if rows.none else rows.taken
+    return _Merge.apply(shortcut.to(dtype), branch, taken, rows.place, rows.weight, branch_first)  # type: ignore[no-any-return]
+
+
+def spread(branch: Tensor, rows: Rows) -> Tensor:
+    """The branch in the rows that ran, and zeros in the others: `[kept, ...]` -> `[batch, ...]`."""
+    if rows.taken is None and not rows.none:
+        return _weighted(branch, rows.weight)
+    zeros = branch.new_zeros(()).expand(rows.batch, *branch.shape[1:])
+    return merge(zeros, branch, rows)
+
+
+def _weighted(branch: Tensor, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        return branch
+    return branch * weight.to(branch.dtype).view([-1] + [1] * (branch.dim() - 1) if weight.dim() else [])
+
+
+def _select(value: Tensor, index: Tensor) -> Tensor:
+    """Rows of `value`, in its memory format."""
+    if torch.compiler.is_compiling() or value.is_contiguous():
+        return value.index_select(0, index)
+    taken, order = empty_in_format(value, (index.shape[0], *value.shape[1:]))
+    torch.index_select(value.permute(order), order.index(0), index, out=taken.permute(order))
+    return taken
+
+
+def _add_rows(base: Tensor, index: Tensor, place: Tensor | None, value: Tensor, like: Tensor) -> Tensor:
+    """A copy of `base` with `value` added to the rows at `index`, in the memory format of `like`."""
+    if place is not None:
+        # Reading each row's value by its place fuses with what comes after; writing by index would need atomic adds.
+        size = [-1] + [1] * (value.dim() - 1)
+        ran = (place < index.shape[0]).view(size)
+        return base + torch.where(ran, value.index_select(0, place.clamp(max=index.shape[0] - 1)), 0)
+    if base.is_contiguous() and like.is_contiguous():
+        return base.index_add(0, index, value)
+    added, order = empty_in_format(like, base.shape)
+    added.copy_(base)
+    added.permute(order).index_add_(order.index(0), index, value.permute(order))
+    return added
+
+
+def empty_in_format(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """A new tensor of a shape in the memory format of `like`, and its dims from the largest stride to the smallest.
+
+    It is no view, so that what comes after may write into it.
+    """
+    steps = like.stride() if 0 not in like.stride() else [0] * like.dim()  # expanded: contiguous, as an add of it is
+    order = by_stride(steps)
+    strides, size = [0] * like.dim(), 1
+    for dim in reversed(order):
+        strides[dim], size = size, size * shape[dim]
+    return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device), order
+
+
+def by_stride(strides: Sequence[int]) -> list[int]:
+    """Dims from the largest stride to the smallest; of equal ones, the first first."""
+    return sorted(range(len(strides)), key=lambda dim: -strides[dim])
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(value: Tensor, index: Tensor, place: Tensor | None) -> Tensor:
+        return _select(value, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        value, ctx.index, ctx.place = inputs
+        ctx.batch = value.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        zeros = grad.new_zeros(()).expand(ctx.batch, *grad.shape[1:])
+        return _add_rows(zeros, ctx.index, ctx.place, grad, grad), None, None
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(value: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        # No rows are taken as some are: FSDP sees what enters a module in backward, on every rank at the same time.
+        return value.detach(), value[:0].clone() if index is None else _select(value, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.index = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_taken: Tensor) -> Any:
+        return grad if ctx.index is None else _add_rows(grad, ctx.index, None, grad_taken, grad), None
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(shortcut: Tensor, branch: Tensor, index: Tensor, place: Tensor | None, weight: Tensor | None, branch_first: bool) -> Tensor:
+        like = branch if branch_first and branch.shape[0] else shortcut  # an empty branch has lost its format
+        return _add_rows(shortcut, index, place, _weighted(branch, weight).to(shortcut.dtype), like)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, branch, ctx.index, ctx.place, ctx.weight, _ = inputs
+        ctx.dtype = branch.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, _weighted(_select(grad, ctx.index).to(ctx.dtype), ctx.weight), None, None, None, None
