@@ -425,6 +425,20 @@ def test_sizes_are_constants_until_a_rate_moves():
     assert seen == [False, True]
 
 
+@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
+@compiled_code
+def test_a_rate_that_has_moved_before_compiles_once():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    gm = skipping(mlps(2), torch.randn(2, 5, WIDTH), include=None)
+    compiled, x = torch.compile(gm, fullgraph=True, backend=counter), torch.randn(8, 5, WIDTH)
+    for rate in (0.2, 0.5, 0.4, 0.3):
+        fxsd.set_drop_rate(gm, rate)
+        if rate != 0.2:
+            compiled(x)
+    assert counter.frame_count == 1
+
+
 @compiled_code
 def test_compiled_code_takes_the_mask_where_less_than_a_row_is_dropped():
     torch._dynamo.reset()
@@ -446,6 +460,7 @@ def test_compiled_code_that_runs_some_more_rows_drops_as_often():
         assert sorted(set(weight.tolist())) == [0.0, 1.0]
         counts[taken] += weight
     assert (counts / calls).tolist() == pytest.approx([0.7] * 9, abs=4 * math.sqrt(0.21 / calls))
+    assert counts.sum() / calls == pytest.approx(6.3, abs=4 * math.sqrt(0.21 / calls))  # 6 or 7
     op.set_drop_rate(0.4)  # once rates move there are no constants to save
     assert len(draw(torch.randn(9, 2))[0]) == 6
 
@@ -464,10 +479,11 @@ def test_compiled_code_drops_as_often_and_has_the_gradients_of_the_rows_that_ran
         if isinstance(op, SkipStochasticDepth):
             op.moved = moves
             op.set_drop_rate(op.rate)
+    masked = moves and not SIZES_MOVE  # a mask draws for each row
     for call in range(calls):
         out = compiled(x)
         keep = ((out - x).abs().amax((1, 2)) > 0).detach()
-        assert int(keep.sum()) in (6, 7) or (moves and not SIZES_MOVE)  # else a mask draws for each row
+        assert int(keep.sum()) in (6, 7) or masked
         torch.testing.assert_close(out, x + keep[:, None, None] * full / 0.7)
         counts += keep
         if call < 3:
@@ -477,6 +493,7 @@ def test_compiled_code_drops_as_often_and_has_the_gradients_of_the_rows_that_ran
             for a, b in zip(gradients, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert (counts / calls).tolist() == pytest.approx([0.7] * 9, abs=4 * math.sqrt(0.21 / calls))
+    assert counts.sum() / calls == pytest.approx(6.3, abs=4 * math.sqrt((9 if masked else 1) * 0.21 / calls))
     for rate, expected in ((0.0, x + full), (1.0, x)):
         fxsd.set_drop_rate(gm, rate)
         torch.testing.assert_close(compiled(x), expected)
