@@ -96,7 +96,7 @@ class SkipStochasticDepth(StochasticDepth):
             whole, last = getattr(self, f"kept_{batch}")
             run = getattr(self, f"size_{batch}").shape[0]
         else:
-            whole, last, run = self._variable(batch, device)
+            whole, last, run = self._for_variable(batch, device)
         if not self.moved and run == batch:  # of a rate that moves, the answer would be compiled in
             return self._masked(batch, [batch], device)
         order = torch.randperm(batch, device=device)
@@ -114,7 +114,8 @@ class SkipStochasticDepth(StochasticDepth):
         """Computes how many rows are kept for certain, the probability of one more, and how many run.
 
         How many run is the *size* of an input, which compiled code can take for a variable, so that it can move without compiling
-        again. That takes longer to compile, and runs a little slower, so it is one only once the rate has moved.
+        again. That takes longer to compile, and runs a little slower, so it is one only once the rate has moved. Attributes, since
+        compiled code would watch all of a dictionary.
         """
         whole, rest = _whole_rows(batch, self._keep_parts)
         size = torch.empty(self._rows_that_run(batch), 0)
@@ -136,7 +137,7 @@ class SkipStochasticDepth(StochasticDepth):
     def _at_least(self, rows: int, batch: int) -> int:
         return min(max(rows, self.least_rows, 1), batch)
 
-    def _variable(self, batch: int, device: torch.device) -> tuple[int, Tensor, int]:
+    def _for_variable(self, batch: int, device: torch.device) -> tuple[int, Tensor, int]:
         """The same for a batch that is a variable itself."""
         parts = self._size.shape[0]
         whole, rest = _whole_rows(batch, parts)
