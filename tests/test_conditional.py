@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from torchvision.models.convnext import CNBlockConfig
 
 import fxsd
-from fxsd import batch
+from fxsd import probe
 from fxsd.ops import StochasticDepth
 from fxsd.skip import SkipStochasticDepth
 from fxsd.versions import NO_COND
@@ -199,7 +199,7 @@ def test_branches_that_cannot_be_left_out_take_the_mask_and_say_so(block: Callab
 
 
 def test_where_torch_cannot_leave_branches_out_compiled_code_takes_the_mask_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "NO_COND", "this torch cannot")
+    monkeypatch.setattr(probe, "NO_COND", "this torch cannot")
     gm, x = transformed(toy, "skip")
     assert [(site.compute, site.reason) for site in fxsd.sites(gm)] == [("skip", "compiled code takes the mask: this torch cannot")] * 2
     mask = fxsd.transform(gm, 0.5, stochastic_method="block")
