@@ -32,7 +32,7 @@ class SkipStochasticDepth(StochasticDepth):
         drop_rate, stochastic_method, scaling, ...: as for `StochasticDepth`. With `"block"` all rows run, or none.
         least_rows: how many rows the branch must get, those of weight 0 included; it may need one, or two for batch statistics.
         conditional: compiled code may leave the branch out by `torch.cond`; only for `"block"`.
-        rates: drop rates of all sites that skip. Compiled code rounds rows that run up so that these sites have few different numbers.
+        rates: drop rates of all sites of the graph that skip. Compiled code rounds up what runs, so that they have few different numbers.
 
     Shape:
         - Input: any tensor with the batch in dim 0, of which only the size and the device matter.
@@ -121,7 +121,8 @@ class SkipStochasticDepth(StochasticDepth):
         size = torch.empty(self._rows_that_run(batch), 0)
         if self.moved:
             torch._dynamo.maybe_mark_dynamic(size, 0)
-        setattr(self, f"kept_{batch}", torch.tensor([whole, max(rest, 0) / _PARTS], device=self.met[batch]))
+        kept = torch.tensor([whole, max(rest, 0) / _PARTS]).to(self.met[batch], non_blocking=True)  # a schedule comes here at each step
+        setattr(self, f"kept_{batch}", kept)
         setattr(self, f"size_{batch}", size)
 
     def _rows_that_run(self, batch: int) -> int:

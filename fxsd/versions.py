@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import torch
 
-try:
-    # Is a size a constant of compiled code?
+__all__ = ["NO_COND", "SIZES_MOVE", "has_static_value"]
+
+_RECENT = torch.__version__ >= "2.11"
+
+# Is a size a constant of compiled code? 2.7 cannot tell.
+if _RECENT:
     from torch.fx.experimental.symbolic_shapes import has_static_value
-except ImportError:  # 2.7 cannot tell
+else:
 
     def has_static_value(a: object) -> bool:  # type: ignore[misc]
         return False
 
-
-__all__ = ["NO_COND", "SIZES_MOVE", "has_static_value"]
-
-_RECENT = torch.__version__ >= "2.11"
 
 # Why compiled code cannot leave a branch out, "" if it can: Dynamo of 2.7 does not follow `torch.func.functional_call` into `torch.cond`.
 NO_COND = "" if _RECENT else "torch.cond can leave branches out from torch 2.11 on"

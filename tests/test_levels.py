@@ -24,8 +24,9 @@ def test_they_are_the_fewest_that_give_up_a_quarter_of_what_is_saved_at_most(row
     assert whole == BATCH
     assert set(found) <= set(others)
     assert running(rows, tuple(found)) <= most
-    assert all(running(rows, fewer) > most for fewer in combinations(others, max(len(found) - 1, 0)) if found)
-    assert running(rows, tuple(found)) == min(running(rows, as_many) for as_many in combinations(others, len(found)))
+    least = [min(running(rows, chosen) for chosen in combinations(others, count)) for count in range(len(found) + 1)]
+    assert [count for count, total in enumerate(least) if total <= most] == [len(found)]
+    assert running(rows, tuple(found)) == least[-1]
 
 
 def test_one_rate_is_not_rounded():
