@@ -156,7 +156,8 @@ class _Fork(torch.autograd.Function):
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(shortcut: Tensor, branch: Tensor, index: Tensor, place: Tensor | None, weight: Tensor | None, branch_first: bool) -> Tensor:
-        like = branch if branch_first and branch.shape[0] else shortcut  # an empty branch has lost its format
+        # An empty branch has lost its format. Rows in pieces, as of a transposed result of attention, would be slow to take again.
+        like = branch if branch_first and branch.shape[0] and branch.stride(0) == max(branch.stride()) else shortcut
         return _add_rows(shortcut, index, place, _weighted(branch, weight).to(shortcut.dtype), like)
 
     @staticmethod

@@ -32,7 +32,8 @@ class SkipStochasticDepth(StochasticDepth):
         drop_rate, stochastic_method, scaling, ...: as for `StochasticDepth`. With `"block"` all rows run, or none.
         least_rows: how many rows the branch must get, those of weight 0 included; it may need one, or two for batch statistics.
         conditional: compiled code may leave the branch out by `torch.cond`; only for `"block"`.
-        rates: drop rates of all sites of the graph that skip. Compiled code rounds up what runs, so that they have few different numbers.
+        rates: drop rates of all sites that skip a branch like this one. Compiled code has kernels of its own for each number of rows that such a
+            branch runs on, and rounds up, so that there are few.
 
     Shape:
         - Input: any tensor with the batch in dim 0, of which only the size and the device matter.
@@ -74,8 +75,6 @@ class SkipStochasticDepth(StochasticDepth):
             keep = self._uniform([], torch.device("cpu")).item() >= 1.0 - self._keep_parts / _PARTS
             return Rows(batch, weight=self.training_scale(), none=not keep)
         kept, rest = _whole_rows(batch, self._keep_parts)
-        if _drops_too_few(batch, kept):
-            return self._masked(batch, [batch], device)
         kept += int(rest > _SLACK and torch.rand(()).item() < rest / _PARTS)
         if kept == batch:
             return Rows(batch, weight=self.training_scale())
@@ -128,12 +127,8 @@ class SkipStochasticDepth(StochasticDepth):
     def _rows_that_run(self, batch: int) -> int:
         if self.moved:
             return self._at_least(_least(batch, self._keep_parts), batch)
-        own, *all_sites = (
-            batch if _drops_too_few(batch, _whole_rows(batch, parts)[0]) else self._at_least(_least(batch, parts), batch)
-            for parts in (self._keep_parts, *map(_parts, self.rates))
-        )
-        chosen = levels(tuple(all_sites if own in all_sites else [own, *all_sites]), batch)
-        return min(level for level in chosen if level >= own)
+        own, *like = (self._at_least(_least(batch, parts), batch) for parts in (self._keep_parts, *map(_parts, self.rates)))
+        return min(level for level in levels(tuple(like if own in like else [own, *like]), batch) if level >= own)
 
     def _at_least(self, rows: int, batch: int) -> int:
         return min(max(rows, self.least_rows, 1), batch)
@@ -145,8 +140,6 @@ class SkipStochasticDepth(StochasticDepth):
         run = _least(batch, parts)
         if self.least_rows > 1:
             run = self._at_least(run, batch)
-        if not self.moved and _drops_too_few(batch, whole):
-            run = batch
         return whole, torch.full((), rest / _PARTS, device=device) * (self.drop_rate < 1.0), run
 
     def draw_whole(self, like: Tensor) -> Rows:
@@ -175,11 +168,6 @@ class SkipStochasticDepth(StochasticDepth):
             torch._dynamo.maybe_mark_dynamic(self._size, 0)
             for batch in self.met:
                 self._prepare(batch)
-
-
-def _drops_too_few(batch: int, kept: int) -> bool:
-    """Is at most one row dropped where `kept` are kept for certain? Then there is nothing to gain."""
-    return batch - kept <= 1 and batch > 1
 
 
 def _whole_rows(batch: int, keep_parts: int) -> tuple[int, int]:

@@ -56,7 +56,7 @@ def test_each_sample_is_dropped_as_often_as_the_rate_says_at_any_batch_size(rate
         assert factors.mean(0).tolist() == pytest.approx([1 - rate] * batch, abs=4 * sigma / math.sqrt(calls))
 
 
-@pytest.mark.parametrize(("batch", "rate"), [(8, 0.5), (8, 0.3), (7, 0.5), (33, 0.9), (12, 0.75)])
+@pytest.mark.parametrize(("batch", "rate"), [(8, 0.5), (8, 0.3), (7, 0.5), (33, 0.9), (12, 0.75), (16, 0.02), (1, 0.3)])
 def test_the_number_of_rows_is_the_mean_rounded_down_or_up(batch: int, rate: float):
     op, mean = SkipStochasticDepth(rate), batch * (1 - rate)
     counts = {int(kept(op, batch).sum()) for _ in range(200)}
@@ -157,6 +157,19 @@ def test_a_sample_is_the_shortcut_or_the_shortcut_and_the_branch_bit_for_bit(lay
             assert (added | (out == x).flatten(1).all(1)).all()
             assert 0 < rate < 1 or set(added.tolist()) == {rate == 0.0}
         assert gm(LAYOUTS[layout](0)).shape == LAYOUTS[layout](0).shape
+
+
+def test_rows_stay_in_one_piece_behind_a_branch_that_has_them_in_pieces():
+    class Turned(nn.Module):
+        """As what attention gives: the batch is not the outermost dim in memory."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.cos().transpose(0, 1).contiguous().transpose(0, 1)
+
+    x = torch.randn(6, 5, WIDTH)
+    model = OneSite(branch_first=True, branch=Turned())
+    assert not model(x).is_contiguous()
+    assert skipping(model, x)(x).is_contiguous()
 
 
 @pytest.mark.parametrize("scaling", ["inference", "train"])
@@ -265,9 +278,9 @@ def test_dtypes_are_those_of_the_mask(kind: str):
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.norm, self.f = nn.LayerNorm(WIDTH), nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, WIDTH))
+        self.norm, self.f = nn.LayerNorm(WIDTH), nn.Sequential(nn.Linear(WIDTH, width), nn.GELU(), nn.Linear(width, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.f(self.norm(x))
@@ -445,6 +458,14 @@ def test_compiled_code_takes_the_mask_where_less_than_a_row_is_dropped():
     for rate, taken in ((0.1, False), (0.4, True)):
         op = SkipStochasticDepth(rate)
         assert (torch.compile(lambda x, op=op: op(x).taken, backend="eager", fullgraph=True)(torch.randn(8, 2)) is not None) is taken
+
+
+def test_sites_round_up_with_those_of_like_branches_only():
+    model = nn.Sequential(Block(), Block(12), Block(), Block(12))
+    gm = skipping(model, torch.randn(X), drop_rate=0.4, drop_distribution="linear", include=None)
+    (first, second, third, fourth) = (op for op in gm.modules() if isinstance(op, SkipStochasticDepth))
+    assert first.rates == third.rates == pytest.approx((first.rate, third.rate))
+    assert second.rates == fourth.rates == pytest.approx((second.rate, fourth.rate))
 
 
 @pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code cannot tell whether the batch is a constant")
