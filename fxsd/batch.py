@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxsd.capture import Part
 from fxsd.capture.calls import Call, without_values
-from fxsd.capture.examples import Examples
+from fxsd.capture.examples import Examples, computed
 from fxsd.capture.modes import in_mode
 from fxsd.capture.signature import bind
 from fxsd.checkpoints import MARK
@@ -27,6 +27,7 @@ from fxsd.errors import told
 from fxsd.probe import ROWS, Illegal, Probe, awake, random_like
 from fxsd.residual import Residual
 from fxsd.values import is_plain_add, written
+from fxsd.versions import HOOKS_NEST
 
 SIZES = (4, 6)  # of the batch, to see what goes with it
 # FLOPs saved for each value of the residual stream from which on skipping beat the mask, on a CPU, for branches of 16 to 1024 FLOPs a
@@ -45,6 +46,7 @@ class Region:
         work: FLOPs of the branch for each value that it adds.
         least_rows: how many rows it needs: 0, 1, or 2 for batch statistics.
         merges: its add is the sum of two values and no more.
+        kept: somebody else keeps the fork for backward, so that the rows taken from it need not be kept.
         stays: why compiled code cannot leave it out as a whole, "" if it can.
     """
 
@@ -54,6 +56,7 @@ class Region:
     work: float
     least_rows: int
     merges: bool
+    kept: bool = False
     stays: str = ""
 
 
@@ -169,7 +172,31 @@ class Batch:
         stays = "" if merges else "its add is more than the sum of two values"
         if any(MARK in node.meta for node in (residual.add, *nodes)):
             stays = "its activations are checkpointed, where torch.cond does not run"
-        return Region(tuple(nodes), tuple(entries), counts, work, least_rows, merges, stays or probe.stays)
+        others = self._back(residual.shortcut, residual.fork).intersection(residual.fork.users)
+        kept = HOOKS_NEST and any(self._keeps(node, residual.fork, generator) for node in (residual.fork, *others))
+        return Region(tuple(nodes), tuple(entries), counts, work, least_rows, merges, kept, stays or probe.stays)
+
+    def _keeps(self, node: fx.Node, value: fx.Node, generator: torch.Generator) -> bool:
+        """Does an op that makes or uses a value keep it for backward?"""
+        if not node.op.startswith("call_"):
+            return False
+        kept: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.enable_grad(), in_mode(self.module, True), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            known = {arg: self._real(arg, None, generator) for arg in node.all_input_nodes}
+            for arg, real in known.items():
+                if isinstance(real, Tensor) and real.dtype.is_floating_point:
+                    known[arg] = real.requires_grad_().clone()  # no leaf, which an op may not write into
+            try:
+                known[node] = computed(node, known, lambda path, args, kwargs: self.module.get_submodule(path)(*args, **kwargs))
+            except Exception:
+                return False
+        there = known[value]
+        return isinstance(there, Tensor) and any(tensor.untyped_storage() is there.untyped_storage() for tensor in kept)
 
     def _between(self, residual: Residual) -> list[fx.Node]:
         """What is computed from the fork for the branch alone, and the checks on it, in graph order."""

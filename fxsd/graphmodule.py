@@ -23,10 +23,12 @@ import torch
 from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 
+from fxsd.again import taking_again
 from fxsd.checkpoints import MARK, is_checkpointed, outline
 from fxsd.conditional import conditional
 from fxsd.errors import FxsdError
 from fxsd.ops import StochasticDepth
+from fxsd.rows import fork, take
 from fxsd.skip import SkipStochasticDepth
 
 META = "fxsd"  # the key of fxsd's own entries in node.meta
@@ -51,9 +53,10 @@ class StochasticGraphModule(fx.GraphModule):
         code = super().recompile()
         cls = type(self)
         generated = cls.forward
-        train = self._function("train", self.graph) if is_checkpointed(self.graph) else generated
-        evaluate = train if self.eval_graph is None else self._function("eval", self.eval_graph)
-        compiled = self._conditional_forward() or train
+        plain = self._function("train", self.graph) if is_checkpointed(self.graph) else generated
+        evaluate = plain if self.eval_graph is None else self._function("eval", self.eval_graph)
+        compiled = self._conditional_forward() or plain
+        train = taking_again(plain) if any(node.target in (fork, take) and node.args[2:] == (True,) for node in self.graph.nodes) else plain
         if {evaluate, compiled, generated} != {train}:
 
             @wraps(generated)  # its signature

@@ -183,12 +183,13 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
     taken = []
     for entry in dict.fromkeys(retired.get(entry, entry) for entry in region.entries):
         with graph.inserting_before(next(node for node in nodes if entry in node.all_input_nodes)):  # it may be computed after `rows`
+            args = (entry, rows, True) if region.kept and not taken else (entry, rows)
             if region.merges and entry is sides[0]:
-                both = graph.call_function(fork, (entry, rows))
+                both = graph.call_function(fork, args)
                 sides = [graph.call_function(operator.getitem, (both, 0))]
                 taken.append(graph.call_function(operator.getitem, (both, 1)))
             else:
-                taken.append(graph.call_function(take, (entry, rows)))
+                taken.append(graph.call_function(take, args))
         for node in nodes:
             node.replace_input_with(entry, taken[-1])
     with graph.inserting_before(taken[0].next):

@@ -8,10 +8,13 @@ In evaluation all rows run, and nothing is taken.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fxsd.again import can_take_again
 
 
 class Rows(NamedTuple):
@@ -34,22 +37,34 @@ class Rows(NamedTuple):
     keep: Tensor | None = None
 
 
-def take(value: Tensor, rows: Rows) -> Tensor:
-    """The rows of `value` that run: `[batch, ...]` -> `[kept, ...]`. One row that stands for all of them is left as it is."""
+def take(value: Tensor, rows: Rows, kept: bool = False) -> Tensor:
+    """The rows of `value` that run: `[batch, ...]` -> `[kept, ...]`. One row that stands for all of them is left as it is.
+
+    Args:
+        kept: `value` is kept for backward anyway, so that its rows need not be.
+    """
     if value.shape[0] == 1 and rows.batch != 1:
         return value
     if rows.none:
         return value[:0]
     if rows.taken is None:
         return value
-    return _Take.apply(value, rows.taken, rows.place)  # type: ignore[no-any-return]
+    taken: Tensor = _Take.apply(value, rows.taken, rows.place)
+    return _kept(taken, value, rows.taken) if kept else taken
 
 
-def fork(value: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """`value` itself for the shortcut, and the rows of it that run for the branch: one pass less in backward than `take`."""
+def fork(value: Tensor, rows: Rows, kept: bool = False) -> tuple[Tensor, Tensor]:
+    """`value` itself for the shortcut, and `take(value, rows, kept)` for the branch: one pass less in backward."""
     if not rows.none and (rows.taken is None or torch.compiler.is_compiling()):
-        return value, take(value, rows)
-    return _Fork.apply(value, rows.taken)  # type: ignore[no-any-return]
+        return value, take(value, rows, kept)
+    shortcut, taken = _Fork.apply(value, rows.taken)
+    return shortcut, _kept(taken, value, rows.taken) if kept and rows.taken is not None else taken
+
+
+def _kept(taken: Tensor, value: Tensor, index: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        can_take_again(taken, value.detach(), partial(_select, index=index))
+    return taken
 
 
 def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = False) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["NO_COND", "SIZES_MOVE", "has_static_value"]
+__all__ = ["HOOKS_NEST", "NO_COND", "SIZES_MOVE", "has_static_value"]
 
 _RECENT = torch.__version__ >= "2.11"
 
@@ -23,3 +23,6 @@ NO_COND = "" if _RECENT else "torch.cond can leave branches out from torch 2.11 
 # Can a size in a module be a variable of compiled code? Dynamo of 2.7 takes all of those inside `nn.Sequential` and the like for constants,
 # so that each rate would be compiled anew.
 SIZES_MOVE = _RECENT
+
+# Can hooks of saved tensors call those around them?
+HOOKS_NEST = _RECENT

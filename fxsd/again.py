@@ -1,0 +1,86 @@
+"""What need not be kept for backward, because it can be taken again from a value that is kept.
+
+A ReLU keeps its result. A convolution that runs on some rows of it would keep these besides, and at small rates a ResNet that skips would need
+more memory than without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+_hooks_are_allowed: Callable[[], bool] = torch._C._autograd._saved_tensors_hooks_is_enabled
+
+
+class _Source(NamedTuple):
+    """Of a tensor that is `take(whole)`. Packed, `whole` is what was made of it."""
+
+    whole: Any
+    take: Callable[[Tensor], Tensor]
+
+
+class _Again:
+    """Hooks of what is kept for backward, which are called before those around them."""
+
+    def __init__(self) -> None:
+        self.keep, self.give = _hooks() or (_keep, _give)
+        self.sources = WeakIdKeyDictionary()  # of tensors that live, by their storage
+
+    def pack(self, tensor: Tensor) -> Any:
+        source = self.sources.get(tensor.untyped_storage()) if self.sources else None
+        return self.keep(tensor) if source is None else _Source(self.keep(source.whole), source.take)
+
+    def unpack(self, packed: Any) -> Tensor:
+        tensor: Tensor = packed.take(self.give(packed.whole)) if isinstance(packed, _Source) else self.give(packed)
+        return tensor
+
+
+def taking_again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, but what it keeps for backward is taken again where it can be. Hooks of the caller see the whole instead."""
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _hooks_are_allowed():
+            return forward(*args, **kwargs)
+        again = _Again()
+        with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def can_take_again(taken: Tensor, whole: Tensor, take: Callable[[Tensor], Tensor]) -> None:
+    """Says inside of `taking_again` that `taken` is `take(whole)`, and that `whole` is kept for backward anyway."""
+    pack, _ = _hooks() or (None, None)
+    again = getattr(pack, "__self__", None)
+    if isinstance(again, _Again):
+        again.sources[taken.untyped_storage()] = _Source(whole, take)
+
+
+def _hooks() -> Any:
+    """Those that a tensor that is kept now would meet, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _keep(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor.detach(), tensor._version  # itself, it could hold what holds it
+
+
+def _give(packed: tuple[Tensor, int]) -> Tensor:
+    """As autograd does without hooks.
+
+    Raises:
+        RuntimeError: it was written into.
+    """
+    tensor, version = packed
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"a tensor of shape {list(tensor.shape)} is at version {tensor._version}; expected version {version} instead."
+        )
+    return tensor
