@@ -1,7 +1,7 @@
 """What need not be kept for backward, because it can be taken again from a value that is kept.
 
-A ReLU keeps its result. A convolution that runs on some rows of it would keep these besides, and at small rates a ResNet that skips would need
-more memory than without.
+A ReLU keeps its result. A convolution that runs on some rows of it would keep these besides, and at small rates a ResNet that skips would
+need more memory than without.
 """
 
 from __future__ import annotations
@@ -14,30 +14,46 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-_hooks_are_allowed: Callable[[], bool] = torch._C._autograd._saved_tensors_hooks_is_enabled
+_hooks_are_allowed: Callable[[], bool] = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 
 
 class _Source(NamedTuple):
-    """Of a tensor that is `take(whole)`. Packed, `whole` is what was made of it."""
+    """Of a tensor that is `take(whole)`."""
 
-    whole: Any
+    whole: Tensor
     take: Callable[[Tensor], Tensor]
+    version: int  # of the tensor
+
+
+class _Packed(NamedTuple):
+    """A tensor that lies in the memory of one that can be taken again, as the same with fewer dims does."""
+
+    whole: Any  # what the hooks around made of it
+    take: Callable[[Tensor], Tensor]
+    place: tuple[Any, Any, Any]  # size, stride and offset
 
 
 class _Again:
     """Hooks of what is kept for backward, which are called before those around them."""
 
     def __init__(self) -> None:
+        self.keep: Callable[[Tensor], Any]
+        self.give: Callable[[Any], Tensor]
         self.keep, self.give = _hooks() or (_keep, _give)
         self.sources = WeakIdKeyDictionary()  # of tensors that live, by their storage
 
     def pack(self, tensor: Tensor) -> Any:
-        source = self.sources.get(tensor.untyped_storage()) if self.sources else None
-        return self.keep(tensor) if source is None else _Source(self.keep(source.whole), source.take)
+        if not self.sources or tensor.layout is not torch.strided:
+            return self.keep(tensor)
+        source: _Source | None = self.sources.get(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        if source is None or source.version != tensor._version or source.whole.dtype != tensor.dtype or tensor.is_conj() or tensor.is_neg():
+            return self.keep(tensor)
+        return _Packed(self.keep(source.whole), source.take, (tensor.shape, tensor.stride(), tensor.storage_offset()))
 
     def unpack(self, packed: Any) -> Tensor:
-        tensor: Tensor = packed.take(self.give(packed.whole)) if isinstance(packed, _Source) else self.give(packed)
-        return tensor
+        if not isinstance(packed, _Packed):
+            return self.give(packed)
+        return packed.take(self.give(packed.whole)).as_strided(*packed.place)
 
 
 def taking_again(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +75,7 @@ def can_take_again(taken: Tensor, whole: Tensor, take: Callable[[Tensor], Tensor
     pack, _ = _hooks() or (None, None)
     again = getattr(pack, "__self__", None)
     if isinstance(again, _Again):
-        again.sources[taken.untyped_storage()] = _Source(whole, take)
+        again.sources[taken.untyped_storage()] = _Source(whole, take, taken._version)
 
 
 def _hooks() -> Any:

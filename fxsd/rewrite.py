@@ -180,7 +180,7 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
     sides = [arg for arg in add.args if arg is not branch]
     with graph.inserting_before(nodes[0]):
         rows = graph.call_module(target, (retired.get(region.entries[0], region.entries[0]),))
-    taken = []
+    taken: list[fx.Node] = []
     for entry in dict.fromkeys(retired.get(entry, entry) for entry in region.entries):
         with graph.inserting_before(next(node for node in nodes if entry in node.all_input_nodes)):  # it may be computed after `rows`
             args = (entry, rows, True) if region.kept and not taken else (entry, rows)

@@ -32,8 +32,8 @@ class SkipStochasticDepth(StochasticDepth):
         drop_rate, stochastic_method, scaling, ...: as for `StochasticDepth`. With `"block"` all rows run, or none.
         least_rows: how many rows the branch must get, those of weight 0 included; it may need one, or two for batch statistics.
         conditional: compiled code may leave the branch out by `torch.cond`; only for `"block"`.
-        rates: drop rates of all sites that skip a branch like this one. Compiled code has kernels of its own for each number of rows that such a
-            branch runs on, and rounds up, so that there are few.
+        rates: drop rates of all sites that skip a branch like this one. Compiled code has kernels of its own for each number of rows that
+            such a branch runs on, and rounds up, so that there are few.
 
     Shape:
         - Input: any tensor with the batch in dim 0, of which only the size and the device matter.

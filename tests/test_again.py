@@ -43,7 +43,9 @@ def images(batch: int = 6) -> Tensor:
 
 def skipping(model: nn.Module, drop_rate: float = 0.3) -> nn.Module:
     x = torch.randn(2, 3, 5, 5)
-    return fxsd.transform(model, drop_rate, drop_distribution="uniform", compute="skip", subset_batch_norm=True, example_inputs=(x,)).train()
+    return fxsd.transform(
+        model, drop_rate, drop_distribution="uniform", compute="skip", subset_batch_norm=True, example_inputs=(x,)
+    ).train()
 
 
 def keeping(gm: nn.Module) -> nn.Module:
@@ -113,6 +115,37 @@ def test_what_nobody_else_keeps_is_kept():
 
     gm = skipping(nn.Sequential(PreNorm(), PreNorm()))
     assert [len(node.args) for node in gm.graph.nodes if node.target is fork] == [2, 2]
+
+
+def test_what_lies_in_the_memory_of_rows_that_are_taken_again_is_found_in_it():
+    class Shared(nn.Module):
+        """Linear layers keep tokens as a matrix; others a part, in another order."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(4, 4), nn.Parameter(torch.randn(5, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            turned = x.transpose(1, 2) @ self.scale  # [batch, 4, 1]
+            part = x[:, 1:3, ::2] * self.scale[:2]
+            return (x + (self.linear(x) * turned.transpose(1, 2) + nn.functional.pad(part, (0, 2, 1, 2)))).relu()
+
+    gm = fxsd.transform(
+        nn.Sequential(nn.ReLU(), Shared(), Shared()),
+        0.4,
+        drop_distribution="uniform",
+        compute="skip",
+        include="*",
+        example_inputs=(torch.randn(2, 5, 4),),
+    )
+    assert sum(node.args[2:] == (True,) for node in gm.graph.nodes if node.target in (fork, take)) == 2
+    results = []
+    for module in (gm, keeping(gm)):
+        torch.manual_seed(3)
+        x = torch.randn(7, 5, 4).requires_grad_()
+        module(x).square().sum().backward()
+        results.append([tensor.grad for tensor in (x, *module.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 RUNS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {

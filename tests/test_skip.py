@@ -472,7 +472,7 @@ def test_sites_round_up_with_those_of_like_branches_only():
 @compiled_code
 def test_compiled_code_that_runs_some_more_rows_drops_as_often():
     torch._dynamo.reset()
-    op = SkipStochasticDepth(0.3, rates=(0.3, 0.2, 0.2))  # of 9 rows, 7 and twice 8 have to run
+    op = SkipStochasticDepth(0.3, rates=(0.3, *[0.2] * 9, 0.4, 0.5, 0.5, 0.6, 0.6))  # of 9 rows 7, nine times 8, 6, 5 and 4 have to run
     draw = torch.compile(lambda x: op(x)[1:4], backend="eager", fullgraph=True)
     calls, counts = 600, torch.zeros(9)
     for _ in range(calls):
