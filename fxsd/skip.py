@@ -82,7 +82,7 @@ class SkipStochasticDepth(StochasticDepth):
         index = torch.randperm(batch)[:run]  # on the CPU, which does not wait, and launches one copy in place of ten kernels
         if run == kept:
             return Rows(batch, index.sort().values.to(device, non_blocking=True), weight=self.training_scale())
-        return Rows(batch, index.to(device, non_blocking=True), weight=self._weights(run, kept, device))
+        return Rows(batch, index.to(device, non_blocking=True), weight=self._weights(torch.arange(run, device=device), kept))
 
     def _draw_compiled(self, batch: int, device: torch.device) -> Rows:
         if self.stochastic_method == "block":
@@ -96,11 +96,11 @@ class SkipStochasticDepth(StochasticDepth):
             run = getattr(self, f"size_{batch}").shape[0]
         else:
             whole, last, run = self._for_variable(batch, device)
-        if not self.moved and run == batch:  # of a rate that moves, the answer would be compiled in
-            return self._masked(batch, [batch], device)
         order = torch.randperm(batch, device=device)
         kept = whole + torch.binomial(torch.ones_like(last), last)
-        return Rows(batch, order[:run], order.argsort(), self._weights(run, kept, device))
+        if not self.moved and run == batch:  # of a rate that moves, the answer would be compiled in
+            return Rows(batch, weight=self._weights(order, kept))
+        return Rows(batch, order[:run], order.argsort(), self._weights(torch.arange(run, device=device), kept))
 
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
     def _meet(self, batch: int, device: torch.device) -> None:
@@ -150,9 +150,9 @@ class SkipStochasticDepth(StochasticDepth):
         """All rows, under a mask of a shape."""
         return Rows(batch, weight=self.draw_mask(shape, device).float())
 
-    def _weights(self, run: int, kept: int | Tensor, device: torch.device) -> Tensor:
-        """Those of the rows that run, of which the first `kept` are kept."""
-        weights, scale = (torch.arange(run, device=device) < kept).float(), self.training_scale()
+    def _weights(self, place: Tensor, kept: int | Tensor) -> Tensor:
+        """Those of rows in a place each, of which the first `kept` are kept."""
+        weights, scale = (place < kept).float(), self.training_scale()
         return weights if scale is None else weights * scale
 
     def _follow(self, drop_rate: float) -> None:

@@ -453,11 +453,19 @@ def test_a_rate_that_has_moved_before_compiles_once():
 
 
 @compiled_code
-def test_compiled_code_takes_the_mask_where_less_than_a_row_is_dropped():
+def test_compiled_code_takes_a_mask_of_its_own_where_less_than_a_row_is_dropped():
     torch._dynamo.reset()
-    for rate, taken in ((0.1, False), (0.4, True)):
-        op = SkipStochasticDepth(rate)
-        assert (torch.compile(lambda x, op=op: op(x).taken, backend="eager", fullgraph=True)(torch.randn(8, 2)) is not None) is taken
+    for scaling, scale in (("inference", 1.0), ("train", 1 / 0.9)):
+        op = SkipStochasticDepth(0.1, scaling=scaling)
+        draw = torch.compile(lambda x, op=op: op(x)[1:4:2], backend="eager", fullgraph=True)
+        taken, weights = zip(*(draw(torch.randn(8, 2)) for _ in range(1_000)), strict=True)
+        assert set(taken) == {None}
+        kept = torch.stack(weights) / scale
+        assert set(kept.round(decimals=5).flatten().tolist()) == {0.0, 1.0}
+        assert set(kept.sum(1).round().tolist()) == {7.0, 8.0}
+        assert kept.mean(0).tolist() == pytest.approx([0.9] * 8, abs=4 * math.sqrt(0.09 / len(kept)))
+    op = SkipStochasticDepth(0.4)
+    assert torch.compile(lambda x: op(x).taken, backend="eager", fullgraph=True)(torch.randn(8, 2)) is not None
 
 
 def test_sites_round_up_with_those_of_like_branches_only():
