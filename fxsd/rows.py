@@ -70,7 +70,8 @@ def _kept(taken: Tensor, value: Tensor, index: Tensor) -> Tensor:
 def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = False) -> Tensor:
     """`shortcut` plus the branch in the rows that ran: `[batch, ...]`, `[kept, ...]` -> `[batch, ...]`.
 
-    The result has the memory format of the first operand, as that of an add has: it decides how fast the convolutions after it are.
+    The result has the memory format of the first operand, as that of an add has, unless that has its rows in pieces: it decides how fast
+    the convolutions after it are.
     """
     if rows.taken is None and not rows.none:
         branch = _weighted(branch, rows.weight)
@@ -112,11 +113,19 @@ def _add_rows(base: Tensor, index: Tensor, place: Tensor | None, value: Tensor, 
         ran = (place < index.shape[0]).view(size)
         return base + torch.where(ran, value.index_select(0, place.clamp(max=index.shape[0] - 1)), 0)
     if base.is_contiguous() and like.is_contiguous():
-        return base.index_add(0, index, value)
+        return base.index_add(0, index, value.contiguous())  # of one that is not, it adds number by number
     added, order = empty_in_format(like, base.shape)
     added.copy_(base)
-    added.permute(order).index_add_(order.index(0), index, value.permute(order))
+    added.permute(order).index_add_(order.index(0), index, value.permute(order).contiguous())
     return added
+
+
+def _first(shortcut: Tensor, branch: Tensor, branch_first: bool) -> Tensor:
+    """The operand whose memory format the sum has.
+
+    An empty branch has lost its own. Rows in pieces, as of a transposed result of attention, would be slow to take again.
+    """
+    return branch if branch_first and branch.shape[0] and branch.stride(0) == max(branch.stride()) else shortcut
 
 
 def empty_in_format(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[int]]:
@@ -171,8 +180,7 @@ class _Fork(torch.autograd.Function):
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(shortcut: Tensor, branch: Tensor, index: Tensor, place: Tensor | None, weight: Tensor | None, branch_first: bool) -> Tensor:
-        # An empty branch has lost its format. Rows in pieces, as of a transposed result of attention, would be slow to take again.
-        like = branch if branch_first and branch.shape[0] and branch.stride(0) == max(branch.stride()) else shortcut
+        like = _first(shortcut, branch, branch_first)
         return _add_rows(shortcut, index, place, _weighted(branch, weight).to(shortcut.dtype), like)
 
     @staticmethod
