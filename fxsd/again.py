@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fxsd.versions import HOOKS_NEST
+
 _hooks_are_allowed: Callable[[], bool] = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 
 
@@ -61,7 +63,7 @@ def taking_again(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _hooks_are_allowed():
+        if not HOOKS_NEST or torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _hooks_are_allowed():
             return forward(*args, **kwargs)
         again = _Again()
         with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
@@ -74,13 +76,13 @@ def can_take_again(taken: Tensor, whole: Tensor, take: Callable[[Tensor], Tensor
     """Says inside of `taking_again` that `taken` is `take(whole)`, and that `whole` is kept for backward anyway."""
     pack, _ = _hooks() or (None, None)
     again = getattr(pack, "__self__", None)
-    if isinstance(again, _Again):
+    if isinstance(again, _Again) and type(taken) is Tensor:  # other kinds may have no memory of their own
         again.sources[taken.untyped_storage()] = _Source(whole, take, taken._version)
 
 
 def _hooks() -> Any:
     """Those that a tensor that is kept now would meet, or None."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) if HOOKS_NEST else None
 
 
 def _keep(tensor: Tensor) -> tuple[Tensor, int]:

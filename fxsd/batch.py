@@ -27,7 +27,6 @@ from fxsd.errors import told
 from fxsd.probe import ROWS, Illegal, Probe, awake, random_like
 from fxsd.residual import Residual
 from fxsd.values import is_plain_add, written
-from fxsd.versions import HOOKS_NEST
 
 SIZES = (4, 6)  # of the batch, to see what goes with it
 # FLOPs saved for each value of the residual stream from which on skipping beat the mask, on a CPU, for branches of 16 to 1024 FLOPs a
@@ -173,7 +172,7 @@ class Batch:
         if any(MARK in node.meta for node in (residual.add, *nodes)):
             stays = "its activations are checkpointed, where torch.cond does not run"
         others = self._back(residual.shortcut, residual.fork).intersection(residual.fork.users)
-        kept = HOOKS_NEST and any(self._keeps(node, residual.fork, generator) for node in (residual.fork, *others))
+        kept = any(self._keeps(node, residual.fork, generator) for node in (residual.fork, *others))
         return Region(tuple(nodes), tuple(entries), counts, work, least_rows, merges, kept, stays or probe.stays)
 
     def _keeps(self, node: fx.Node, value: fx.Node, generator: torch.Generator) -> bool:
