@@ -104,6 +104,12 @@ def test_a_resnet_needs_no_more_memory_than_without_at_any_rate(rate: float):
     assert kept_bytes(lambda: gm(x)) <= 1.02 * kept_bytes(lambda: model(x))
 
 
+@pytest.mark.parametrize(("shortcut", "kept"), [(None, False), (nn.Conv2d(4, 4, 1), True)])
+def test_a_shortcut_that_keeps_what_comes_in_is_seen(shortcut: nn.Module | None, kept: bool):
+    gm = skipping(nn.Sequential(nn.Conv2d(3, 4, 1), Block(shortcut=shortcut)))
+    assert [node.args[2:] == (True,) for node in gm.graph.nodes if node.target in (fork, take)] == [kept]
+
+
 def test_what_nobody_else_keeps_is_kept():
     class PreNorm(nn.Module):
         def __init__(self) -> None:
