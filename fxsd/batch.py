@@ -172,7 +172,7 @@ class Batch:
         if any(MARK in node.meta for node in (residual.add, *nodes)):
             stays = "its activations are checkpointed, where torch.cond does not run"
         others = self._back(residual.shortcut, residual.fork).intersection(residual.fork.users)
-        kept = any(self._keeps(node, residual.fork, generator) for node in (residual.fork, *others))
+        kept = not all_or_none and any(self._keeps(node, residual.fork, generator) for node in (residual.fork, *others))
         return Region(tuple(nodes), tuple(entries), counts, work, least_rows, merges, kept, stays or probe.stays)
 
     def _keeps(self, node: fx.Node, value: fx.Node, generator: torch.Generator) -> bool:
@@ -194,8 +194,7 @@ class Batch:
                 known[node] = computed(node, known, lambda path, args, kwargs: self.module.get_submodule(path)(*args, **kwargs))
             except Exception:
                 return False
-        there = known[value]
-        return isinstance(there, Tensor) and any(tensor.untyped_storage() is there.untyped_storage() for tensor in kept)
+        return any(tensor.untyped_storage() is known[value].untyped_storage() for tensor in kept)
 
     def _between(self, residual: Residual) -> list[fx.Node]:
         """What is computed from the fork for the branch alone, and the checks on it, in graph order."""

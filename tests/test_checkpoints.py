@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from memory import kept_bytes
 from ranks import Block
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
@@ -85,19 +86,6 @@ def recorded() -> Iterator[list[tuple[str, Any]]]:
         patch.setattr(StochasticDepth, "draw_mask", draw_mask)
         patch.setattr(SkipStochasticDepth, "_draw", draw)
         yield draws
-
-
-def kept_bytes(run: Callable[[], object]) -> int:
-    """The memory that forward keeps for backward."""
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        run()
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
