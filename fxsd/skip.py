@@ -79,10 +79,10 @@ class SkipStochasticDepth(StochasticDepth):
         if kept == batch:
             return Rows(batch, weight=self.training_scale())
         run = max(kept, min(self.least_rows, batch))
-        index = torch.randperm(batch)[:run]  # on the CPU, which does not wait, and launches one copy in place of ten kernels
-        if run == kept:
-            return Rows(batch, index.sort().values.to(device, non_blocking=True), weight=self.training_scale())
-        return Rows(batch, index.to(device, non_blocking=True), weight=self._weights(torch.arange(run, device=device), kept))
+        # On the CPU, which does not wait, and launches one copy in place of ten kernels.
+        index = torch.randperm(batch)[:run].to(device, non_blocking=True)
+        weight = self.training_scale() if run == kept else self._weights(torch.arange(run, device=device), kept)
+        return Rows(batch, index, weight=weight)
 
     def _draw_compiled(self, batch: int, device: torch.device) -> Rows:
         if self.stochastic_method == "block":
