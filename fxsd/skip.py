@@ -32,8 +32,9 @@ class SkipStochasticDepth(StochasticDepth):
         drop_rate, stochastic_method, scaling, ...: as for `StochasticDepth`. With `"block"` all rows run, or none.
         least_rows: how many rows the branch must get, those of weight 0 included; it may need one, or two for batch statistics.
         conditional: compiled code may leave the branch out by `torch.cond`; only for `"block"`.
-        rates: drop rates of all sites that skip a branch like this one. Compiled code has kernels of its own for each number of rows that
-            such a branch runs on, and rounds up, so that there are few.
+        rates: drop rates of all sites that skip, those of like branches together. Compiled code has kernels of its own for each number of
+            rows that a kind of branch runs on, and rounds up, so that there are few.
+        like: the place in `rates` of branches like this one.
 
     Shape:
         - Input: any tensor with the batch in dim 0, of which only the size and the device matter.
@@ -51,10 +52,18 @@ class SkipStochasticDepth(StochasticDepth):
     compute = "skip"
 
     def __init__(
-        self, drop_rate: float, *args: Any, least_rows: int = 1, conditional: bool = False, rates: Sequence[float] = (), **kwargs: Any
+        self,
+        drop_rate: float,
+        *args: Any,
+        least_rows: int = 1,
+        conditional: bool = False,
+        rates: Sequence[Sequence[float]] = (),
+        like: int = 0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(drop_rate, *args, **kwargs)
-        self.least_rows, self.conditional, self.rates = least_rows, conditional, tuple(rates)
+        self.least_rows, self.conditional = least_rows, conditional
+        self.rates, self.like = rates or ((drop_rate,),), like
         self.moved = False  # has the rate been another one?
         self.met: dict[int, torch.device] = {}  # the batches of compiled code
 
@@ -125,10 +134,11 @@ class SkipStochasticDepth(StochasticDepth):
         setattr(self, f"size_{batch}", size)
 
     def _rows_that_run(self, batch: int) -> int:
+        own = self._at_least(_least(batch, self._keep_parts), batch)
         if self.moved:
-            return self._at_least(_least(batch, self._keep_parts), batch)
-        own, *like = (self._at_least(_least(batch, parts), batch) for parts in (self._keep_parts, *map(_parts, self.rates)))
-        return min(level for level in levels(tuple(like if own in like else [own, *like]), batch) if level >= own)
+            return own
+        kinds = tuple(tuple(self._at_least(_least(batch, _parts(rate)), batch) for rate in rates) for rates in self.rates)
+        return min((level for level in levels(kinds)[self.like] if level >= own), default=own)
 
     def _at_least(self, rows: int, batch: int) -> int:
         return min(max(rows, self.least_rows, 1), batch)

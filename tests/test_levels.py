@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fxsd.levels import levels
 
-BATCH = 12
-
 
 def running(rows: list[int], chosen: tuple[int, ...]) -> int:
-    return sum(min(level for level in (BATCH, *chosen) if level >= number) for number in rows)
+    return sum(min(level for level in chosen if level >= number) for number in rows)
 
 
-@given(st.lists(st.integers(1, BATCH), min_size=1, max_size=20))
-def test_they_are_the_fewest_that_give_up_a_tenth_of_what_is_saved_or_the_best_three(rows: list[int]):
-    most = sum(rows) + (BATCH * len(rows) - sum(rows)) / 10
-    whole, *found = levels(tuple(rows), BATCH)
-    others = sorted(set(rows) - {BATCH})
-    assert whole == BATCH
-    assert set(found) <= set(others)
-    assert running(rows, tuple(found)) <= most or len(found) == 3
-    least = [min(running(rows, chosen) for chosen in combinations(others, count)) for count in range(len(found) + 1)]
-    assert not any(total <= most for total in least[:-1])
-    assert running(rows, tuple(found)) == least[-1]
+def least(rows: list[int]) -> list[int]:
+    """How many rows have to run with one number, with two and so on."""
+    others = set(rows) - {max(rows)}
+    return [min(running(rows, (max(rows), *chosen)) for chosen in combinations(others, count)) for count in range(len(others) + 1)]
+
+
+@given(st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=12), min_size=1, max_size=3))
+def test_the_fewest_rows_run_that_can_with_six_numbers_more_than_kinds(kinds: list[list[int]]):
+    found = levels(tuple(map(tuple, kinds)))
+    assert all(set(chosen) <= set(rows) for chosen, rows in zip(found, kinds, strict=True))
+    assert sum(map(len, found)) <= len(kinds) + 6
+    possible = product(*(enumerate(least(rows), 1) for rows in kinds))
+    best = min(sum(total for _, total in choice) for choice in possible if sum(count for count, _ in choice) <= len(kinds) + 6)
+    assert sum(map(running, kinds, found)) == best
 
 
 def test_one_rate_is_not_rounded():
-    assert levels((7,) * 24, 16) == (16, 7)
+    assert levels(((7,) * 24,)) == ((7,),)
 
 
-def test_twelve_blocks_at_rates_up_to_04_have_few():
+def test_attention_and_mlp_of_twelve_blocks_at_rates_up_to_04_have_four_each():
     rates = [0.4 * (site + 1) / 24 for site in range(24)]
-    found = {batch: levels(tuple(-int(-batch * (1 - rate) // 1) for rate in rates), batch) for batch in (16, 64, 512)}
-    assert [len(numbers) for numbers in found.values()] == [4, 4, 4]
+    for batch in (16, 64, 512):
+        rows = [-int(-batch * (1 - rate) // 1) for rate in rates]
+        assert [len(found) for found in levels((tuple(rows[::2]), tuple(rows[1::2])))] == [4, 4]
+
+
+def test_a_kind_of_many_rates_gets_what_others_leave():
+    rows = (16, 15, 14, 12, 11, 10, 8, 7, 6, 5, 4)
+    assert [len(found) for found in levels((rows,))] == [7]
+    assert [len(found) for found in levels((rows, (8, 8)))] == [7, 1]
+    assert [len(found) for found in levels((rows, rows))] == [4, 4]

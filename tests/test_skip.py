@@ -477,15 +477,20 @@ def test_sites_round_up_with_those_of_like_branches_only():
     model = nn.Sequential(Block(), Block(12), Block(), Block(12))
     gm = skipping(model, torch.randn(X), drop_rate=0.4, drop_distribution="linear", include=None)
     (first, second, third, fourth) = (op for op in gm.modules() if isinstance(op, SkipStochasticDepth))
-    assert first.rates == third.rates == pytest.approx((first.rate, third.rate))
-    assert second.rates == fourth.rates == pytest.approx((second.rate, fourth.rate))
+    assert first.rates[first.like] == third.rates[third.like] == pytest.approx((first.rate, third.rate))
+    assert second.rates[second.like] == fourth.rates[fourth.like] == pytest.approx((second.rate, fourth.rate))
 
 
 @pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code cannot tell whether the batch is a constant")
 @compiled_code
 def test_compiled_code_that_runs_some_more_rows_drops_as_often():
     torch._dynamo.reset()
-    op = SkipStochasticDepth(0.3, rates=(0.3, *[0.2] * 9, 0.4, 0.5, 0.5, 0.6, 0.6))  # of 9 rows 7, nine times 8, 6, 5 and 4 have to run
+    rates = (
+        0.3,
+        *[0.2] * 9,
+        *[0.4, 0.5, 0.6, 0.7, 0.8, 0.9] * 2,
+    )  # of 9 rows 7 have to run, at nine sites 8, at two each 6, 5, 4, 3, 2 and 1
+    op = SkipStochasticDepth(0.3, rates=(rates,))
     draw = torch.compile(lambda x: op(x)[1:4], backend="eager", fullgraph=True)
     calls, counts = 600, torch.zeros(9)
     for _ in range(calls):
