@@ -485,11 +485,8 @@ def test_sites_round_up_with_those_of_like_branches_only():
 @compiled_code
 def test_compiled_code_that_runs_some_more_rows_drops_as_often():
     torch._dynamo.reset()
-    rates = (
-        0.3,
-        *[0.2] * 9,
-        *[0.4, 0.5, 0.6, 0.7, 0.8, 0.9] * 2,
-    )  # of 9 rows 7 have to run, at nine sites 8, at two each 6, 5, 4, 3, 2 and 1
+    # Of 9 rows 7 have to run, at nine sites 8, and at two each 6, 5, 4, 3, 2 and 1.
+    rates = (0.3, *[0.2] * 9, *[0.4, 0.5, 0.6, 0.7, 0.8, 0.9] * 2)
     op = SkipStochasticDepth(0.3, rates=(rates,))
     draw = torch.compile(lambda x: op(x)[1:4], backend="eager", fullgraph=True)
     calls, counts = 600, torch.zeros(9)
