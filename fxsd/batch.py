@@ -47,6 +47,7 @@ class Region:
         merges: its add is the sum of two values and no more.
         kept: somebody else keeps the fork for backward, so that the rows taken from it need not be kept.
         stays: why compiled code cannot leave it out as a whole, "" if it can.
+        strided: strides in it depend on how many rows there are, as where attention has the sequence in dim 0.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -57,6 +58,7 @@ class Region:
     merges: bool
     kept: bool = False
     stays: str = ""
+    strided: bool = False
 
 
 def find_regions(
@@ -173,7 +175,7 @@ class Batch:
             stays = "its activations are checkpointed, where torch.cond does not run"
         others = self._back(residual.shortcut, residual.fork).intersection(residual.fork.users)
         kept = not all_or_none and any(self._keeps(node, residual.fork, generator) for node in (residual.fork, *others))
-        return Region(tuple(nodes), tuple(entries), counts, work, least_rows, merges, kept, stays or probe.stays)
+        return Region(tuple(nodes), tuple(entries), counts, work, least_rows, merges, kept, stays or probe.stays, probe.strided)
 
     def _keeps(self, node: fx.Node, value: fx.Node, generator: torch.Generator) -> bool:
         """Does an op that makes or uses a value keep it for backward?"""

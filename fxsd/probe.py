@@ -28,6 +28,7 @@ class Probe:
 
     Attributes:
         stays: why `torch.cond` cannot leave it out, "" if it can; known once it has run.
+        strided: do strides of what it computes depend on how many rows there are? Known once `least_rows` is.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Probe:
         counts: Mapping[fx.Node, int],
     ) -> None:
         self.module, self.residual, self.nodes, self.outside, self.entries, self.counts = module, residual, nodes, given, entries, counts
-        self.stays = NO_COND
+        self.stays, self.strided = NO_COND, False
         self.called = {name: module.get_submodule(name) for name in (str(node.target) for node in nodes if node.op == "call_module")}
         self.parameters = {
             name: {key: awake(parameter.detach()).clone() for key, parameter in called.named_parameters()}
@@ -87,11 +88,12 @@ class Probe:
             try:
                 given = self._given(2, lambda value: value[swapped])
                 before = {node: _copied(value) for node, value in given.items()}
-                part = self._run(given)
+                part, strides = draws.watched(self._run, given)
                 changed = [node.name for node, value in given.items() if not _equal(value, before[node])]
                 if changed:
                     return f"its branch writes into {changed[0]}, which comes from outside"
-                whole = self._run(self._given(ROWS, _tainted))
+                whole, others = draws.watched(self._run, self._given(ROWS, _tainted))
+                self.strided = strides != others
             except Exception as error:
                 return f"its branch does not run on some of the samples ({told(error)})"
         if not isinstance(part, Tensor) or part.shape[:1] != (2,) or not part.isfinite().all():
@@ -149,9 +151,22 @@ class _NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, fixed_statistics: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.fixed_statistics, self.batch_norm = fixed_statistics, False
+        self._strides: list[list[int]] = []
+
+    def watched(self, run: Callable[[Any], Any], given: Any) -> tuple[Any, list[list[int]]]:
+        """What `run(given)` gives, and the strides of all that is computed for it."""
+        self._strides = []
+        result, strides = run(given), self._strides
+        self._strides = []
+        return result, strides
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        result = self._without_draws(func, args, kwargs or {})
+        if isinstance(result, Tensor):
+            self._strides.append([stride for stride, size in zip(result.stride(), result.shape, strict=True) if size > 1])
+        return result
+
+    def _without_draws(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func.overloadpacket.__name__
         arguments = func._schema.arguments
         if name == "native_dropout":

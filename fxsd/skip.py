@@ -3,8 +3,9 @@
 Of B rows, K run through the branch: B q of them, rounded down or up at random so that their mean is B q, and each row
 is as likely as any other to be among them. So every row is dropped with probability exactly 1 - q, whatever B is.
 
-Compiled code has kernels of its own for each number of rows. So it always runs B q rounded up, the last row with weight 0 or 1,
-and where sites have many such numbers, some run a few rows more.
+Compiled code always runs B q rounded up, the last row with weight 0 or 1. It has kernels of its own for each number of rows that is a
+constant to it. So where sites have many such numbers, or rates have moved, they are variables; or, where those would take longer to
+compile, some sites run a few rows more.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ class SkipStochasticDepth(StochasticDepth):
         drop_rate, stochastic_method, scaling, ...: as for `StochasticDepth`. With `"block"` all rows run, or none.
         least_rows: how many rows the branch must get, those of weight 0 included; it may need one, or two for batch statistics.
         conditional: compiled code may leave the branch out by `torch.cond`; only for `"block"`.
-        rates: drop rates of all sites that skip, those of like branches together. Compiled code has kernels of its own for each number of
-            rows that a kind of branch runs on, and rounds up, so that there are few.
+        rates: drop rates of all sites that skip, those of like branches together: they tell whether compiled code would have few kernels
+            if it had some for each number of rows that a kind of branch runs on.
         like: the place in `rates` of branches like this one.
+        vary: where it would have many, numbers of rows may be variables; else they are rounded up, so that there are few.
 
     Shape:
         - Input: any tensor with the batch in dim 0, of which only the size and the device matter.
@@ -59,11 +61,12 @@ class SkipStochasticDepth(StochasticDepth):
         conditional: bool = False,
         rates: Sequence[Sequence[float]] = (),
         like: int = 0,
+        vary: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(drop_rate, *args, **kwargs)
         self.least_rows, self.conditional = least_rows, conditional
-        self.rates, self.like = rates or ((drop_rate,),), like
+        self.rates, self.like, self.vary = rates or ((drop_rate,),), like, vary and SIZES_MOVE
         self.moved = False  # has the rate been another one?
         self.met: dict[int, torch.device] = {}  # the batches of compiled code
 
@@ -97,17 +100,18 @@ class SkipStochasticDepth(StochasticDepth):
         if self.stochastic_method == "block":
             # A mask. Where compiled code can do better it calls `draw_whole`.
             return self._masked(batch, [], device)
-        if self.moved and not SIZES_MOVE:
+        if not SIZES_MOVE and self.moved:
             return self._masked(batch, [batch], device)
         if has_static_value(batch):
             self._meet(batch, device)
             whole, last = getattr(self, f"kept_{batch}")
-            run = getattr(self, f"size_{batch}").shape[0]
+            run, all_run = getattr(self, f"size_{batch}").shape[0], getattr(self, f"all_run_{batch}")
         else:
             whole, last, run = self._for_variable(batch, device)
+            all_run = not self.moved and run == batch
         order = torch.randperm(batch, device=device)
         kept = whole + torch.binomial(torch.ones_like(last), last)
-        if not self.moved and run == batch:  # of a rate that moves, the answer would be compiled in
+        if all_run:
             return Rows(batch, weight=self._weights(order, kept))
         return Rows(batch, order[:run], order.argsort(), self._weights(torch.arange(run, device=device), kept))
 
@@ -119,26 +123,31 @@ class SkipStochasticDepth(StochasticDepth):
             self._prepare(batch)
 
     def _prepare(self, batch: int) -> None:
-        """Computes how many rows are kept for certain, the probability of one more, and how many run.
+        """Computes how many rows are kept for certain, the probability of one more, how many run, and whether they are always all.
 
-        How many run is the *size* of an input, which compiled code can take for a variable, so that it can move without compiling
-        again. That takes longer to compile, and runs a little slower, so it is one only once the rate has moved. Attributes, since
-        compiled code would watch all of a dictionary.
+        How many run is the *size* of an input, which compiled code can take for a variable: then it can move without compiling again, and
+        sites that run on different numbers share their kernels. Attributes, since compiled code would watch all of a dictionary.
         """
         whole, rest = _whole_rows(batch, self._keep_parts)
-        size = torch.empty(self._rows_that_run(batch), 0)
-        if self.moved:
+        run, varies = self._rows_that_run(batch)
+        size = torch.empty(run, 0)
+        if varies:
             torch._dynamo.maybe_mark_dynamic(size, 0)
         kept = torch.tensor([whole, max(rest, 0) / _PARTS]).to(self.met[batch], non_blocking=True)  # a schedule comes here at each step
         setattr(self, f"kept_{batch}", kept)
         setattr(self, f"size_{batch}", size)
+        setattr(self, f"all_run_{batch}", run == batch and not varies)
 
-    def _rows_that_run(self, batch: int) -> int:
+    def _rows_that_run(self, batch: int) -> tuple[int, bool]:
+        """How many, and whether the number is a variable."""
         own = self._at_least(_least(batch, self._keep_parts), batch)
         if self.moved:
-            return own
+            return own, True
         kinds = tuple(tuple(self._at_least(_least(batch, _parts(rate)), batch) for rate in rates) for rates in self.rates)
-        return min((level for level in levels(kinds)[self.like] if level >= own), default=own)
+        numbers = levels(kinds)
+        if self.vary and self.met[batch].type == "cpu" and any(set(rows) != set(few) for rows, few in zip(kinds, numbers, strict=True)):
+            return own, own < batch  # tried on CPUs only
+        return min((number for number in numbers[self.like] if number >= own), default=own), False
 
     def _at_least(self, rows: int, batch: int) -> int:
         return min(max(rows, self.least_rows, 1), batch)

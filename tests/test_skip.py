@@ -278,11 +278,14 @@ def test_dtypes_are_those_of_the_mask(kind: str):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int = 8) -> None:
+    def __init__(self, width: int = 8, sequence_first: bool = False) -> None:
         super().__init__()
         self.norm, self.f = nn.LayerNorm(WIDTH), nn.Sequential(nn.Linear(WIDTH, width), nn.GELU(), nn.Linear(width, WIDTH))
+        self.sequence_first = sequence_first
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.sequence_first:
+            return x + self.f(self.norm(x.transpose(0, 1))).transpose(0, 1)
         return x + self.f(self.norm(x))
 
 
@@ -438,6 +441,37 @@ def test_sizes_are_constants_until_a_rate_moves():
     assert seen == [False, True]
 
 
+MANY = (tuple(tenth / 10 for tenth in range(1, 10)),)  # more numbers of rows than one kind of branch has kernels for
+
+
+@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: sizes in modules are constants")
+@compiled_code
+@pytest.mark.parametrize(("batch", "sequence_first", "varies"), [(16, False, True), (16, True, False), (4, False, False)])
+def test_sizes_are_variables_from_the_start_where_they_are_many_and_in_no_stride(batch: int, sequence_first: bool, varies: bool):
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(sum(isinstance(value, torch.SymInt) for value in inputs))
+        return graph
+
+    model = nn.Sequential(*[Block(sequence_first=sequence_first) for _ in range(9)])
+    gm = skipping(model, torch.randn(2, 5, WIDTH), drop_rate=0.8, drop_distribution="huang", include=None)
+    compiled, x = torch.compile(gm, fullgraph=True, backend=backend), torch.randn(batch, 5, WIDTH)
+    for _ in range(2):
+        compiled(x)
+    assert seen == [9 if varies else 0]
+    ops = [op for op in gm.modules() if isinstance(op, SkipStochasticDepth)]
+    run = [getattr(op, f"size_{batch}").shape[0] for op in ops]
+    needed = [math.ceil(batch * (1 - op.rate)) for op in ops]
+    assert len(set(run)) == (7 if sequence_first else len(set(needed)))
+    assert all(rows >= least for rows, least in zip(run, needed, strict=True)) if sequence_first else run == needed
+    for rate in (0.7, 0.6):
+        fxsd.set_drop_rate(gm, rate)
+        compiled(x)
+    assert len(seen) == (1 if varies else 2)
+
+
 @pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
 @compiled_code
 def test_a_rate_that_has_moved_before_compiles_once():
@@ -502,8 +536,8 @@ def test_compiled_code_that_runs_some_more_rows_drops_as_often():
 
 
 @compiled_code
-@pytest.mark.parametrize("moves", [False, True])
-def test_compiled_code_drops_as_often_and_has_the_gradients_of_the_rows_that_ran(moves):
+@pytest.mark.parametrize(("moves", "varies"), [(False, False), (False, True), (True, False)])
+def test_compiled_code_drops_as_often_and_has_the_gradients_of_the_rows_that_ran(moves: bool, varies: bool):
     torch._dynamo.reset()
     model = mlps(1)
     gm = skipping(model, torch.randn(2, 5, WIDTH), include=None, scaling="train")
@@ -514,6 +548,8 @@ def test_compiled_code_drops_as_often_and_has_the_gradients_of_the_rows_that_ran
     for op in gm.modules():
         if isinstance(op, SkipStochasticDepth):
             op.moved = moves
+            if varies:
+                op.rates, op.vary = MANY, SIZES_MOVE
             op.set_drop_rate(op.rate)
     masked = moves and not SIZES_MOVE  # a mask draws for each row
     for call in range(calls):
