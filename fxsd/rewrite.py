@@ -33,6 +33,7 @@ from fxsd.graphmodule import META, StochasticGraphModule, build, replace_inside,
 from fxsd.ops import StochasticDepth
 from fxsd.residual import Residual
 from fxsd.rows import fork, merge, spread, take
+from fxsd.sizes import Sizes
 from fxsd.skip import SkipStochasticDepth
 
 
@@ -97,7 +98,7 @@ def _rewrite_part(
     regions = [(plan.region.work, plan.drop_rate) for plan in plans if plan.region is not None]
     kinds = list(dict.fromkeys(work for work, _ in regions))  # branches are alike that have as much work
     rates = tuple(tuple(rate for work, rate in regions if work == kind) for kind in kinds)
-    vary = not any(plan.region.strided for plan in plans if plan.region is not None)
+    sizes = Sizes(rates, vary=not any(plan.region.strided for plan in plans if plan.region is not None))
     for plan in plans:
         path = part.to_local(plan.residual.module)
         home = root.get_submodule(path)
@@ -105,8 +106,7 @@ def _rewrite_part(
         if plan.region is not None:
             whole = stochastic_method == "block" and not plan.region.stays
             like = kinds.index(plan.region.work)
-            least = plan.region.least_rows
-            make = partial(SkipStochasticDepth, least_rows=least, conditional=whole, rates=rates, like=like, vary=vary)
+            make = partial(SkipStochasticDepth, least_rows=plan.region.least_rows, conditional=whole, sizes=sizes, like=like)
         op = make(
             plan.drop_rate,
             stochastic_method,

@@ -3,9 +3,7 @@
 Of B rows, K run through the branch: B q of them, rounded down or up at random so that their mean is B q, and each row
 is as likely as any other to be among them. So every row is dropped with probability exactly 1 - q, whatever B is.
 
-Compiled code always runs B q rounded up, the last row with weight 0 or 1. It has kernels of its own for each number of rows that is a
-constant to it. So where sites have many such numbers, or rates have moved, they are variables; or, where those would take longer to
-compile, some sites run a few rows more.
+Compiled code always runs B q rounded up, or a few rows more (`fxsd.sizes`), the last ones with weight 0 or 1.
 """
 
 from __future__ import annotations
@@ -17,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxsd.levels import levels
 from fxsd.ops import StochasticDepth
 from fxsd.rows import Rows
+from fxsd.sizes import Sizes
 from fxsd.versions import SIZES_MOVE, has_static_value
 
 _PARTS = 1 << 40  # keep_prob in whole parts: a size that compiled code may compute with
@@ -33,10 +31,8 @@ class SkipStochasticDepth(StochasticDepth):
         drop_rate, stochastic_method, scaling, ...: as for `StochasticDepth`. With `"block"` all rows run, or none.
         least_rows: how many rows the branch must get, those of weight 0 included; it may need one, or two for batch statistics.
         conditional: compiled code may leave the branch out by `torch.cond`; only for `"block"`.
-        rates: drop rates of all sites that skip, those of like branches together: they tell whether compiled code would have few kernels
-            if it had some for each number of rows that a kind of branch runs on.
-        like: the place in `rates` of branches like this one.
-        vary: where it would have many, numbers of rows may be variables; else they are rounded up, so that there are few.
+        sizes: shared by all sites of a graph that skip.
+        like: the place in its rates of branches like this one.
 
     Shape:
         - Input: any tensor with the batch in dim 0, of which only the size and the device matter.
@@ -59,14 +55,14 @@ class SkipStochasticDepth(StochasticDepth):
         *args: Any,
         least_rows: int = 1,
         conditional: bool = False,
-        rates: Sequence[Sequence[float]] = (),
+        sizes: Sizes | None = None,
         like: int = 0,
-        vary: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(drop_rate, *args, **kwargs)
         self.least_rows, self.conditional = least_rows, conditional
-        self.rates, self.like, self.vary = rates or ((drop_rate,),), like, vary and SIZES_MOVE
+        self.sizes, self.like = sizes or Sizes(((drop_rate,),)), like
+        self.sizes.follow(self.site, self._keep_parts)
         self.moved = False  # has the rate been another one?
         self.met: dict[int, torch.device] = {}  # the batches of compiled code
 
@@ -119,20 +115,19 @@ class SkipStochasticDepth(StochasticDepth):
     def _meet(self, batch: int, device: torch.device) -> None:
         """Compiled code met a batch: this runs in Python, once, while it is compiled."""
         self.met[batch] = device
+        self.sizes.group()
         with _disable_current_modes():
             self._prepare(batch)
 
     def _prepare(self, batch: int) -> None:
         """Computes how many rows are kept for certain, the probability of one more, how many run, and whether they are always all.
 
-        How many run is the *size* of an input, which compiled code can take for a variable: then it can move without compiling again, and
-        sites that run on different numbers share their kernels. Attributes, since compiled code would watch all of a dictionary.
+        How many run is the *size* of an input, which compiled code can take for a variable. Attributes, since it would watch all of a
+        dictionary.
         """
         whole, rest = _whole_rows(batch, self._keep_parts)
         run, varies = self._rows_that_run(batch)
-        size = torch.empty(run, 0)
-        if varies:
-            torch._dynamo.maybe_mark_dynamic(size, 0)
+        size = self.sizes.variable(self.site, batch, run) if varies else torch.empty(run, 0)
         kept = torch.tensor([whole, max(rest, 0) / _PARTS]).to(self.met[batch], non_blocking=True)  # a schedule comes here at each step
         setattr(self, f"kept_{batch}", kept)
         setattr(self, f"size_{batch}", size)
@@ -143,11 +138,12 @@ class SkipStochasticDepth(StochasticDepth):
         own = self._at_least(_least(batch, self._keep_parts), batch)
         if self.moved:
             return own, True
-        kinds = tuple(tuple(self._at_least(_least(batch, _parts(rate)), batch) for rate in rates) for rates in self.rates)
-        numbers = levels(kinds)
-        if self.vary and self.met[batch].type == "cpu" and any(set(rows) != set(few) for rows, few in zip(kinds, numbers, strict=True)):
-            return own, own < batch  # tried on CPUs only
-        return min((number for number in numbers[self.like] if number >= own), default=own), False
+
+        def rows(rate: float) -> int:
+            return self._at_least(_least(batch, _parts(rate)), batch)
+
+        run, varies = self.sizes.before_moves(self.like, own, rows, self.met[batch])
+        return run, varies and run < batch
 
     def _at_least(self, rows: int, batch: int) -> int:
         return min(max(rows, self.least_rows, 1), batch)
@@ -184,6 +180,7 @@ class SkipStochasticDepth(StochasticDepth):
         # to compiled code, of itself and of the rows that run, so that one row has to.
         self._size = torch.empty(max(self._keep_parts, 2 * _SLACK), 0)
         if self.moved:
+            self.sizes.follow(self.site, self._keep_parts)
             torch._dynamo.maybe_mark_dynamic(self._size, 0)
             for batch in self.met:
                 self._prepare(batch)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxsd
 from fxsd.rows import Rows, fork, merge, spread, take
+from fxsd.sizes import Sizes
 from fxsd.skip import SkipStochasticDepth
 from fxsd.versions import SIZES_MOVE
 
@@ -474,6 +475,37 @@ def test_sizes_are_variables_from_the_start_where_they_are_many_and_in_no_stride
 
 @pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
 @compiled_code
+def test_sites_share_a_variable_while_they_have_one_rate():
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(sum(isinstance(value, torch.SymInt) for value in inputs))
+        return graph
+
+    gm = skipping(mlps(3), torch.randn(2, 5, WIDTH), include=None)
+    compiled, x = torch.compile(gm, fullgraph=True, backend=backend), torch.randn(8, 5, WIDTH)
+    first, second, third = (op for op in gm.modules() if isinstance(op, SkipStochasticDepth))
+
+    def run(*rates: float) -> list[int]:
+        for op, rate in zip((first, second, third), rates, strict=True):
+            op.set_drop_rate(rate)
+        compiled(x)
+        return [op.size_8.shape[0] for op in (first, second, third)]
+
+    assert (run(0.5, 0.5, 0.5), seen) == ([4, 4, 4], [0])
+    assert (run(0.25, 0.25, 0.25), seen) == ([6, 6, 6], [0, 1])
+    assert (run(0.75, 0.75, 0.75), seen) == ([2, 2, 2], [0, 1])
+    copied = copy.deepcopy(gm)
+    assert (run(0.75, 0.5, 0.5), seen) == ([2, 4, 4], [0, 1, 3])
+    for rates, expected in (((0.5, 0.25, 0.5), [4, 6, 4]), ((0.5, 0.5, 0.5), [4, 4, 4]), ((0.25, 0.5, 0.75), [6, 4, 2])):
+        assert (run(*rates), seen) == (expected, [0, 1, 3])
+    fxsd.set_drop_rate(copied, 0.25)
+    assert len({id(op.size_8) for op in copied.modules() if isinstance(op, SkipStochasticDepth)}) == 1
+
+
+@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
+@compiled_code
 def test_a_rate_that_has_moved_before_compiles_once():
     torch._dynamo.reset()
     counter = CompileCounter()
@@ -511,8 +543,8 @@ def test_sites_round_up_with_those_of_like_branches_only():
     model = nn.Sequential(Block(), Block(12), Block(), Block(12))
     gm = skipping(model, torch.randn(X), drop_rate=0.4, drop_distribution="linear", include=None)
     (first, second, third, fourth) = (op for op in gm.modules() if isinstance(op, SkipStochasticDepth))
-    assert first.rates[first.like] == third.rates[third.like] == pytest.approx((first.rate, third.rate))
-    assert second.rates[second.like] == fourth.rates[fourth.like] == pytest.approx((second.rate, fourth.rate))
+    assert first.sizes.rates[first.like] == third.sizes.rates[third.like] == pytest.approx((first.rate, third.rate))
+    assert second.sizes.rates[second.like] == fourth.sizes.rates[fourth.like] == pytest.approx((second.rate, fourth.rate))
 
 
 @pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code cannot tell whether the batch is a constant")
@@ -521,7 +553,7 @@ def test_compiled_code_that_runs_some_more_rows_drops_as_often():
     torch._dynamo.reset()
     # Of 9 rows 7 have to run, at nine sites 8, and at two each 6, 5, 4, 3, 2 and 1.
     rates = (0.3, *[0.2] * 9, *[0.4, 0.5, 0.6, 0.7, 0.8, 0.9] * 2)
-    op = SkipStochasticDepth(0.3, rates=(rates,))
+    op = SkipStochasticDepth(0.3, sizes=Sizes((rates,)))
     draw = torch.compile(lambda x: op(x)[1:4], backend="eager", fullgraph=True)
     calls, counts = 600, torch.zeros(9)
     for _ in range(calls):
@@ -549,7 +581,7 @@ def test_compiled_code_drops_as_often_and_has_the_gradients_of_the_rows_that_ran
         if isinstance(op, SkipStochasticDepth):
             op.moved = moves
             if varies:
-                op.rates, op.vary = MANY, SIZES_MOVE
+                op.sizes.rates, op.sizes.vary = MANY, SIZES_MOVE
             op.set_drop_rate(op.rate)
     masked = moves and not SIZES_MOVE  # a mask draws for each row
     for call in range(calls):
