@@ -40,6 +40,7 @@ class Sizes:
             like: the place in `rates` of branches like its own.
             own: how many it has to run.
             rows: how many a site of a rate has to.
+            device: of the batch.
         """
         kinds = tuple(tuple(map(rows, rates)) for rates in self.rates)
         numbers = levels(kinds)
@@ -48,7 +49,10 @@ class Sizes:
         return min((number for number in numbers[like] if number >= own), default=own), False
 
     def group(self) -> None:
-        """Code is compiled: sites of one rate share a variable. Once their rates part, each has its own for good."""
+        """Code is compiled: sites of one rate share a variable. Once their rates part, each has its own for good.
+
+        With one variable a ViT of 24 sites took 1.2 times the time without to compile, with 24 of them 2.1 times.
+        """
         if not self._groups:
             self._groups = dict(self._now)
         elif len({(group, self._now[site]) for site, group in self._groups.items()}) > len(set(self._groups.values())):
