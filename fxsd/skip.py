@@ -104,7 +104,7 @@ class SkipStochasticDepth(StochasticDepth):
             run, all_run = getattr(self, f"size_{batch}").shape[0], getattr(self, f"all_run_{batch}")
         else:
             whole, last, run = self._for_variable(batch, device)
-            all_run = not self.moved and run == batch
+            all_run = not self.moved and run == batch  # of a rate that moves, the answer would be compiled in
         order = torch.randperm(batch, device=device)
         kept = whole + torch.binomial(torch.ones_like(last), last)
         if all_run:

@@ -397,6 +397,16 @@ def test_compiled_rates_and_batch_sizes_move_without_compiling_each():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
+def variables(seen: list[int]) -> Callable[..., Any]:
+    """A backend that notes of each graph how many sizes are variables of it."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.append(sum(isinstance(value, torch.SymInt) for value in inputs))
+        return graph
+
+    return backend
+
+
 class Named(nn.Module):
     """Torch's own container inside a class of the user's."""
 
@@ -424,22 +434,17 @@ def test_sizes_in_containers_move_without_compiling_each():
 @compiled_code
 def test_sizes_are_constants_until_a_rate_moves():
     torch._dynamo.reset()
-    seen = []
-
-    def backend(graph, inputs):
-        seen.append(any(isinstance(value, torch.SymInt) for value in inputs))
-        return graph
-
+    seen: list[int] = []
     gm = skipping(mlps(2), torch.randn(2, 5, WIDTH), include=None)
-    compiled, x = torch.compile(gm, fullgraph=True, backend=backend), torch.randn(8, 5, WIDTH)
+    compiled, x = torch.compile(gm, fullgraph=True, backend=variables(seen)), torch.randn(8, 5, WIDTH)
     for rate in (0.5, 0.5):
         fxsd.set_drop_rate(gm, rate)
         compiled(x)
-    assert seen == [False]
+    assert seen == [0]
     for rate in (0.4, 0.3, 0.0, 0.5):
         fxsd.set_drop_rate(gm, rate)
         compiled(x)
-    assert seen == [False, True]
+    assert seen == [0, 1]
 
 
 MANY = (tuple(tenth / 10 for tenth in range(1, 10)),)  # more numbers of rows than one kind of branch has kernels for
@@ -450,15 +455,10 @@ MANY = (tuple(tenth / 10 for tenth in range(1, 10)),)  # more numbers of rows th
 @pytest.mark.parametrize(("batch", "sequence_first", "varies"), [(16, False, True), (16, True, False), (4, False, False)])
 def test_sizes_are_variables_from_the_start_where_they_are_many_and_in_no_stride(batch: int, sequence_first: bool, varies: bool):
     torch._dynamo.reset()
-    seen = []
-
-    def backend(graph, inputs):
-        seen.append(sum(isinstance(value, torch.SymInt) for value in inputs))
-        return graph
-
+    seen: list[int] = []
     model = nn.Sequential(*[Block(sequence_first=sequence_first) for _ in range(9)])
     gm = skipping(model, torch.randn(2, 5, WIDTH), drop_rate=0.8, drop_distribution="huang", include=None)
-    compiled, x = torch.compile(gm, fullgraph=True, backend=backend), torch.randn(batch, 5, WIDTH)
+    compiled, x = torch.compile(gm, fullgraph=True, backend=variables(seen)), torch.randn(batch, 5, WIDTH)
     for _ in range(2):
         compiled(x)
     assert seen == [9 if varies else 0]
@@ -477,14 +477,9 @@ def test_sizes_are_variables_from_the_start_where_they_are_many_and_in_no_stride
 @compiled_code
 def test_sites_share_a_variable_while_they_have_one_rate():
     torch._dynamo.reset()
-    seen = []
-
-    def backend(graph, inputs):
-        seen.append(sum(isinstance(value, torch.SymInt) for value in inputs))
-        return graph
-
+    seen: list[int] = []
     gm = skipping(mlps(3), torch.randn(2, 5, WIDTH), include=None)
-    compiled, x = torch.compile(gm, fullgraph=True, backend=backend), torch.randn(8, 5, WIDTH)
+    compiled, x = torch.compile(gm, fullgraph=True, backend=variables(seen)), torch.randn(8, 5, WIDTH)
     first, second, third = (op for op in gm.modules() if isinstance(op, SkipStochasticDepth))
 
     def run(*rates: float) -> list[int]:
