@@ -115,7 +115,7 @@ def _add_rows(base: Tensor, index: Tensor, place: Tensor | None, value: Tensor, 
         return base + torch.where(ran, value.index_select(0, place.clamp(max=index.shape[0] - 1)), 0)
     if base.is_contiguous() and like.is_contiguous():
         return base.index_add(0, index, value.contiguous())  # of one that is not, it adds number by number
-    added, order = empty_in_format(like, base.shape)
+    added, order = empty_in_format(like, base.shape, base.dtype)
     added.copy_(base)
     added.permute(order).index_add_(order.index(0), index, value.permute(order).contiguous())
     return added
@@ -129,8 +129,8 @@ def _first(shortcut: Tensor, branch: Tensor, branch_first: bool) -> Tensor:
     return branch if branch_first and branch.shape[0] and branch.stride(0) == max(branch.stride()) else shortcut
 
 
-def empty_in_format(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """A new tensor of a shape in the memory format of `like`, and its dims from the largest stride to the smallest.
+def empty_in_format(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> tuple[Tensor, list[int]]:
+    """A new tensor of a shape in the memory format of `like`, and its dims from the largest stride to the smallest. `dtype`: else its own.
 
     It is no view, so that what comes after may write into it.
     """
@@ -139,7 +139,7 @@ def empty_in_format(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, list[in
     strides, size = [0] * like.dim(), 1
     for dim in reversed(order):
         strides[dim], size = size, size * shape[dim]
-    return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device), order
+    return torch.empty_strided(shape, strides, dtype=dtype or like.dtype, device=like.device), order
 
 
 def by_stride(strides: Sequence[int]) -> list[int]:

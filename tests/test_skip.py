@@ -249,15 +249,19 @@ def test_the_very_input_may_be_written_into_afterwards():
         assert torch.autograd.gradcheck(gm, (x,), fast_mode=True)
 
 
+@pytest.mark.parametrize("order", ["shortcut first", "branch first", "branch first, in a format of its own"])
 @pytest.mark.parametrize("kind", ["autocast", "bfloat16", "float64", "half shortcut"])
-def test_dtypes_are_those_of_the_mask(kind: str):
+def test_dtypes_are_those_of_the_mask(kind: str, order: str):
     class Mlp(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.f = nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, WIDTH))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x + (self.f(x.float()) if kind == "half shortcut" else self.f(x))
+            y = self.f(x.float() if kind == "half shortcut" else x)
+            if order.endswith("own"):
+                y = y.transpose(1, 2).contiguous().transpose(1, 2)
+            return x + y if order == "shortcut first" else y + x
 
     dtype = {"bfloat16": torch.bfloat16, "float64": torch.float64, "half shortcut": torch.float16}.get(kind, torch.float32)
     model = Mlp() if kind == "half shortcut" else Mlp().to(dtype)
