@@ -199,7 +199,7 @@ class _NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def awake(tensor: Tensor) -> Tensor:
     """A parameter, or random numbers where it is nought: what it multiplies shall be seen."""
     if tensor.dtype.is_floating_point and tensor.numel() and tensor.abs().max() < 1e-3:
-        return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor.device, tensor.dtype)
+        return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(tensor.device, tensor.dtype)
     return tensor
 
 
@@ -208,7 +208,7 @@ def random_like(like: Tensor, rows: int | None, generator: torch.Generator) -> T
     made, _ = empty_in_format(like, like.shape if rows is None else (rows, *like.shape[1:]))
     if made.dtype.is_floating_point or made.dtype.is_complex:
         drawn = torch.complex64 if made.dtype.is_complex else torch.float32
-        return made.copy_(torch.randn(made.shape, generator=generator, dtype=drawn))
+        return made.copy_(torch.randn(made.shape, generator=generator, dtype=drawn, device="cpu"))
     return made.fill_(made.dtype is torch.bool)
 
 

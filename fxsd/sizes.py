@@ -62,6 +62,6 @@ class Sizes:
         """A tensor of so many rows, of which compiled code takes the number for a variable: the same one for all that share it."""
         group = self._groups[site], batch
         if group not in self._made or self._made[group].shape[0] != rows:
-            self._made[group] = torch.empty(rows, 0)
+            self._made[group] = torch.empty(rows, 0, device="cpu")
             torch._dynamo.maybe_mark_dynamic(self._made[group], 0)
         return self._made[group]

@@ -83,12 +83,12 @@ class SkipStochasticDepth(StochasticDepth):
             keep = self._uniform([], torch.device("cpu")).item() >= 1.0 - self._keep_parts / _PARTS
             return Rows(batch, weight=self.training_scale(), none=not keep)
         kept, rest = _whole_rows(batch, self._keep_parts)
-        kept += int(rest > _SLACK and torch.rand(()).item() < rest / _PARTS)
+        kept += int(rest > _SLACK and torch.rand((), device="cpu").item() < rest / _PARTS)
         if kept == batch:
             return Rows(batch, weight=self.training_scale())
         run = max(kept, min(self.least_rows, batch))
         # On the CPU, which does not wait, and launches one copy in place of ten kernels.
-        index = torch.randperm(batch)[:run].to(device, non_blocking=True)
+        index = torch.randperm(batch, device="cpu")[:run].to(device, non_blocking=True)
         weight = self.training_scale() if run == kept else self._weights(torch.arange(run, device=device), kept)
         return Rows(batch, index, weight=weight)
 
@@ -127,8 +127,9 @@ class SkipStochasticDepth(StochasticDepth):
         """
         whole, rest = _whole_rows(batch, self._keep_parts)
         run, varies = self._rows_that_run(batch)
-        size = self.sizes.variable(self.site, batch, run) if varies else torch.empty(run, 0)
-        kept = torch.tensor([whole, max(rest, 0) / _PARTS]).to(self.met[batch], non_blocking=True)  # a schedule comes here at each step
+        size = self.sizes.variable(self.site, batch, run) if varies else torch.empty(run, 0, device="cpu")
+        kept = torch.tensor([whole, max(rest, 0) / _PARTS], device="cpu")
+        kept = kept.to(self.met[batch], non_blocking=True)  # a schedule comes here at each step
         setattr(self, f"kept_{batch}", kept)
         setattr(self, f"size_{batch}", size)
         setattr(self, f"all_run_{batch}", run == batch and not varies)
@@ -178,7 +179,7 @@ class SkipStochasticDepth(StochasticDepth):
         self.moved = before is not None
         # No buffer: the rate is its size, as in `_prepare`, for batches that are variables themselves. The sizes 0 and 1 are constants
         # to compiled code, of itself and of the rows that run, so that one row has to.
-        self._size = torch.empty(max(self._keep_parts, 2 * _SLACK), 0)
+        self._size = torch.empty(max(self._keep_parts, 2 * _SLACK), 0, device="cpu")
         if self.moved:
             self.sizes.follow(self.site, self._keep_parts)
             torch._dynamo.maybe_mark_dynamic(self._size, 0)

@@ -27,7 +27,7 @@ def drop_paths(model: nn.Module, restore: Callable[[nn.Module], object] = lambda
     """
     seen: dict[Any, bool] = {}
     found: list[nn.Module] = []
-    x = torch.rand(_PROBE_SAMPLES, 3, 2, 2) + 0.5
+    x = torch.rand(_PROBE_SAMPLES, 3, 2, 2, device="cpu") + 0.5
     for module in model.modules():
         if isinstance(module, StochasticDepth):
             found.append(module)

@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -45,7 +46,8 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
     snapshot = Snapshot(model)
     python, numpy_random = random.getstate(), sys.modules.get("numpy.random")
     numpy_state = numpy_random and numpy_random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    gpus = {tensor.device for tensor in chain(model.parameters(), model.buffers()) if tensor.is_cuda}
+    with torch.random.fork_rng(devices=gpus):
         try:
             yield snapshot
         except BaseException:
