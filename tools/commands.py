@@ -22,6 +22,8 @@ from variants import BASE, LABELS
 from fxsd import FxsdError
 from fxsd.rates import NAMED
 
+DTYPES = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def step(args: argparse.Namespace) -> None:
     """Measures training steps, prints a table for each model, and writes the files asked for."""
@@ -36,7 +38,9 @@ def step(args: argparse.Namespace) -> None:
         own: list[StepRow] = []
         with measuring.progress(len(rates) * len(_modes(args)) + len(_modes(args)) * bool(args.break_even)) as say:
             for mode in _modes(args):
-                setting = Setting(torch.device(args.device), mode, args.compile or "", args.rounds, args.draws, args.scaling)
+                setting = Setting(
+                    torch.device(args.device), mode, args.compile or "", args.rounds, args.draws, args.scaling, DTYPES[args.autocast]
+                )
                 for rate in rates:
                     told = partial(_tell, say, f"{name} {rate}")
                     own += measure(name, model, (batch, *shape), rate, args.variant or LABELS, setting, told)
@@ -164,6 +168,9 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", choices=LABELS, action="append", help="only these, and the base; may be given several times")
     parser.add_argument(
         "--compile", metavar="BACKEND", nargs="?", const="inductor", help="compiled steps instead of eager ones, and what compiling takes"
+    )
+    parser.add_argument(
+        "--autocast", choices=[name for name in DTYPES if name], help="the dtype of `torch.autocast` in forward; default none"
     )
     parser.add_argument("--break-even", metavar="P", type=probability, nargs="+", help="uniform rates to look for the break-even in")
     parser.add_argument("--draws", metavar="N", type=positive, default=6, help="steps whose FLOPs are averaged; default 6")

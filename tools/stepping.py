@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -49,6 +49,7 @@ class Setting:
     rounds: int
     draws: int
     scaling: str
+    autocast: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,15 @@ class Step:
 
     module: nn.Module
     x: Tensor
+    autocast: torch.dtype | None = None  # of forward, if given
     drop_rate: float | None = None  # set before the step, if given
 
     def __call__(self) -> None:
         self.loss().backward()  # type: ignore[no-untyped-call]
 
     def loss(self) -> Tensor:
-        leaves = torch.utils._pytree.tree_leaves(self.module(self.x))
+        with torch.autocast(self.x.device.type, self.autocast, enabled=self.autocast is not None):
+            leaves = torch.utils._pytree.tree_leaves(self.module(self.x))
         return sum((leaf.float().square().mean() for leaf in leaves if isinstance(leaf, Tensor)), torch.zeros((), device=self.x.device))
 
     def ready(self) -> Step:
@@ -162,7 +165,7 @@ class Compiler:
         mode = GRAPHS if self.setting.mode == GRAPHS else None
         compiled: Any = torch.compile(module, fullgraph=True, backend=self.setting.backend, mode=mode)
         with quiet(), empty, self.counting(label):
-            step = Step(compiled, x).ready()
+            step = Step(compiled, x, self.setting.autocast).ready()
             began = time.perf_counter()
             step()
             if x.is_cuda:
@@ -191,9 +194,9 @@ def measure(
     counted: dict[str, float] = {}
     for label in (label for label in (BASE, *SUBSETS) if label in modules):
         say(f"FLOPs of {label}")
-        counted[label] = flops(Step(modules[label], x), 1 if label == BASE else setting.draws)
+        counted[label] = flops(Step(modules[label], x, setting.autocast), 1 if label == BASE else setting.draws)
     compiler = Compiler(setting)
-    steps = {label: Step(module, x) for label, module in modules.items()}
+    steps = {label: Step(module, x, setting.autocast) for label, module in modules.items()}
     if setting.mode != EAGER:
         steps = _compiled(compiler, modules, x, failures, say)
     times, failed = measuring.in_turns(steps, setting.rounds, 1, say, step_ms)
@@ -249,7 +252,8 @@ def break_even(
         if failures:
             raise FxsdError(f"{name}: {'; '.join(failures.values())}")
         modules = {label: step.module for label, step in compiled.items()}
-    steps = {BASE: Step(modules[BASE], x)} | {f"{SKIP} {rate:g}": Step(modules[SKIP], x, rate) for rate in rates}
+    steps = {BASE: Step(modules[BASE], x, setting.autocast)}
+    steps |= {f"{SKIP} {rate:g}": Step(modules[SKIP], x, setting.autocast, rate) for rate in rates}
     times, failed = measuring.in_turns(steps, setting.rounds, 1, say, step_ms)
     if failed:
         raise FxsdError(f"{name}: {'; '.join(failed)}")
@@ -279,7 +283,7 @@ def _compiled(
     for label, module in modules.items():
         say(f"compiling {label}")
         try:
-            steps[label] = Step(compiler(label, module, x), x)
+            steps[label] = Step(compiler(label, module, x), x, compiler.setting.autocast)
         except Exception as error:  # Dynamo and Inductor raise anything
             failures[label] = measuring.line(error)
     return steps
@@ -289,7 +293,7 @@ def _warm_up(step: Step, drop_rate: float) -> None:
     """The rate rises from 0."""
     with quiet():
         for i in range(WARM_UP):
-            Step(step.module, step.x, drop_rate * i / (WARM_UP - 1)).ready()()
+            replace(step, drop_rate=drop_rate * i / (WARM_UP - 1)).ready()()
 
 
 def _over(values: dict[str, Any], label: str, otherwise: float | None = None) -> float | None:
