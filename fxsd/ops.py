@@ -79,8 +79,9 @@ class StochasticDepth(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.register_buffer("drop_rate", torch.tensor(drop_rate, dtype=torch.float32, device=device), persistent=False)
-        self._follow(drop_rate)
+        held = torch.tensor(drop_rate, dtype=torch.float32, device="cpu")
+        self.register_buffer("drop_rate", held.to(device, copy=True), persistent=False)
+        self._follow(_read(held))
         self.stochastic_method = stochastic_method
         self.scaling = scaling
         self.site, self.module, self.depth, self.kind, self.reason, self.weight = site, module, depth, kind, reason, weight
@@ -116,9 +117,10 @@ class StochasticDepth(nn.Module):
 
     def set_drop_rate(self, drop_rate: float) -> None:
         """Sets the rate in place, so that compiled code sees it without recompiling."""
+        held = torch.tensor(drop_rate, dtype=torch.float32, device="cpu")  # to read the buffer would wait for a GPU
         with torch.no_grad():
             self.drop_rate.fill_(drop_rate)
-        self._follow(drop_rate)
+        self._follow(_read(held))
 
     def train(self, mode: bool = True) -> StochasticDepth:
         super().train(mode)
@@ -138,7 +140,7 @@ class StochasticDepth(nn.Module):
     @property
     def rate(self) -> float:
         """The rate as a float, to the 7 digits that float32 holds."""
-        return float(f"{self.drop_rate.item():.7g}")
+        return _read(self.drop_rate)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> StochasticDepth:
         rate = self.drop_rate
@@ -150,3 +152,7 @@ class StochasticDepth(nn.Module):
     def extra_repr(self) -> str:
         rate = "meta" if self.drop_rate.is_meta else f"{self.rate:.4g}"
         return f"{rate}, {self.stochastic_method!r}, {self.scaling!r}, site={self.site!r}, depth={self.depth}, kind={self.kind!r}"
+
+
+def _read(rate: Tensor) -> float:
+    return float(f"{rate.item():.7g}")

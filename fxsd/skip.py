@@ -173,7 +173,7 @@ class SkipStochasticDepth(StochasticDepth):
 
     def _follow(self, drop_rate: float) -> None:
         super()._follow(drop_rate)
-        before, self._keep_parts = self.__dict__.get("_keep_parts"), _parts(self.rate)
+        before, self._keep_parts = self.__dict__.get("_keep_parts"), _parts(drop_rate)
         if before == self._keep_parts:
             return
         self.moved = before is not None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fxsd
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of Inductor
 
 
 class Plus(nn.Module):
