@@ -32,6 +32,9 @@ SIZES = (4, 6)  # of the batch, to see what goes with it
 # FLOPs saved for each value of the residual stream from which on skipping beat the mask, on a CPU, for branches of 16 to 1024 FLOPs a
 # value and rates from .07 to .5. A row out and in again is some passes over memory, whatever the branch does.
 _LEAST_GAIN = 32
+# On a GPU the time for a value hardly falls with its FLOPs: there taking rows of a ViT-B out and back in cost, under autocast, as much as
+# an eighth of its branches (H200). DINOv2 has this bound.
+_LEAST_RATE_ON_GPU = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Region:
         kept: somebody else keeps the fork for backward, so that the rows taken from it need not be kept.
         stays: why compiled code cannot leave it out as a whole, "" if it can.
         strided: strides in it depend on how many rows there are, as where attention has the sequence in dim 0.
+        device: the type of what it runs on.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -59,6 +63,7 @@ class Region:
     kept: bool = False
     stays: str = ""
     strided: bool = False
+    device: str = "cpu"
 
 
 def find_regions(
@@ -86,12 +91,14 @@ def find_regions(
     return found
 
 
-def no_gain(region: Region, drop_rate: float) -> str:
+def no_gain(region: Region, drop_rate: float, all_or_none: bool = False) -> str:
     """Says why skipping `region` would not pay, if it would not."""
     if drop_rate == 0.0:
         return "it never drops anything"
     if region.work * drop_rate < _LEAST_GAIN:
         return f"its branch has {region.work:.3g} FLOPs a value, too few for taking rows out and back in to pay at rate {drop_rate:.2g}"
+    if region.device != "cpu" and not all_or_none and drop_rate < _LEAST_RATE_ON_GPU:
+        return f"its rate is {drop_rate:.2g}, and on a GPU taking rows out and back in pays from {_LEAST_RATE_ON_GPU} on"
     return ""
 
 
@@ -168,14 +175,16 @@ class Batch:
         given = {node: self._real(node, ROWS if node in entries else None, generator) for node in outside}
         probe = Probe(self.module, residual, nodes, given, set(entries), counts)
         least_rows = probe.on_none() if all_or_none else probe.least_rows(subset_batch_norm)
-        work = sum(self.flops[node] for node in nodes) / max(self.values[0][residual.branch].numel(), 1)
+        branch = self.values[0][residual.branch]
+        work = sum(self.flops[node] for node in nodes) / max(branch.numel(), 1)
         merges = is_plain_add(residual.add) and [arg is residual.branch for arg in residual.add.args].count(False) == 1
         stays = "" if merges else "its add is more than the sum of two values"
         if any(MARK in node.meta for node in (residual.add, *nodes)):
             stays = "its activations are checkpointed, where torch.cond does not run"
         others = self._back(residual.shortcut, residual.fork).intersection(residual.fork.users)
         kept = not all_or_none and any(self._keeps(node, residual.fork, generator) for node in (residual.fork, *others))
-        return Region(tuple(nodes), tuple(entries), counts, work, least_rows, merges, kept, stays or probe.stays, probe.strided)
+        stays = stays or probe.stays
+        return Region(tuple(nodes), tuple(entries), counts, work, least_rows, merges, kept, stays, probe.strided, branch.device.type)
 
     def _keeps(self, node: fx.Node, value: fx.Node, generator: torch.Generator) -> bool:
         """Does an op that makes or uses a value keep it for backward?"""

@@ -247,7 +247,7 @@ def _with_regions(captured: Captured, plans: Sequence[Plan], options: Options) -
 
 def _with_region(plan: Plan, region: Region | str, options: Options) -> Plan:
     if options.compute == "auto" and isinstance(region, Region):
-        region = no_gain(region, plan.drop_rate) or region
+        region = no_gain(region, plan.drop_rate, options.stochastic_method == "block") or region
     if isinstance(region, str):
         return replace(plan, reason=region)
     stays = options.stochastic_method == "block" and region.stays

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torchvision import models as vision
 
 import fxsd
+from fxsd.batch import Region, no_gain
 
 WIDTH, TOKENS = 4, 3
 
@@ -631,3 +632,10 @@ def test_the_work_of_a_branch_is_its_flops_for_each_value_that_it_adds():
         (site,) = fxsd.analyze(Wide(width), 0.25, compute="auto", example_inputs=(torch.zeros(2, 64),)).sites
         assert reason in site.reason
         assert bool(site.reason) is bool(reason)
+
+
+@pytest.mark.parametrize(("device", "drop_rate", "pays"), [("cpu", 0.05, True), ("cuda", 0.05, False), ("cuda", 0.1, True)])
+def test_taking_few_rows_out_pays_on_a_cpu_only(device: str, drop_rate: float, pays: bool):
+    region = Region((), (), {}, work=1e4, least_rows=0, merges=True, device=device)
+    assert bool(no_gain(region, drop_rate)) is not pays
+    assert not no_gain(region, drop_rate, all_or_none=True)  # no rows are taken
