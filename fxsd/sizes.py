@@ -45,8 +45,8 @@ class Sizes:
         kinds = tuple(tuple(map(rows, rates)) for rates in self.rates)
         numbers = levels(kinds)
         if self.vary and device.type == "cpu" and any(set(rows) != set(few) for rows, few in zip(kinds, numbers, strict=True)):
-            # On an H200, with CUDA graphs, variables made compiling 1.3 to 2.3 times as long as rounding up, and steps a tenth slower,
-            # those of a ConvNeXt twice as slow.
+            # On an H200, with CUDA graphs, a ConvNeXt with variables compiled 1.5 times as long as rounded up, and its steps took twice as
+            # long.
             return own, True
         return min((number for number in numbers[like] if number >= own), default=own), False
 
