@@ -24,6 +24,7 @@ class Rows(NamedTuple):
         batch: how many rows there are.
         taken: the rows that run, or None: all of them.
         place: for each row its place in `taken`, or any number beyond; compiled code only.
+        added: for each row whether the branch is added to it; compiled code only, which may run some more.
         weight: what the branch is multiplied by, None for one: a number, or one for each row that runs.
         none: no row runs, instead of `taken`.
         keep: whether all rows run, or none, is what this says; compiled code only.
@@ -35,6 +36,7 @@ class Rows(NamedTuple):
     weight: Tensor | None = None
     none: bool = False
     keep: Tensor | None = None
+    added: Tensor | None = None
 
 
 def take(value: Tensor, rows: Rows, kept: bool = False) -> Tensor:
@@ -80,7 +82,7 @@ def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = Fal
         shortcut = shortcut.to(torch.promote_types(shortcut.dtype, branch.dtype))
     # No row is merged too, so that parameters of the branch get gradients of zero.
     taken = torch.empty(0, dtype=torch.long, device=branch.device) if rows.none else rows.taken
-    return _apply(_Merge, shortcut, branch, taken, rows.place, rows.weight, branch_first)  # type: ignore[no-any-return]
+    return _apply(_Merge, shortcut, branch, taken, rows.place, rows.added, rows.weight, branch_first)  # type: ignore[no-any-return]
 
 
 def spread(branch: Tensor, rows: Rows) -> Tensor:
@@ -106,13 +108,20 @@ def _select(value: Tensor, index: Tensor) -> Tensor:
     return taken
 
 
-def _add_rows(base: Tensor, index: Tensor, place: Tensor | None, value: Tensor, like: Tensor) -> Tensor:
+def _by_place(value: Tensor, place: Tensor, where: Tensor) -> Tensor:
+    """To the rows where `where` holds the rows of `value` at their places, to the others zeros.
+
+    Reading each row's value fuses with what comes after; writing by index would need atomic adds.
+    """
+    return _only(value.index_select(0, place.clamp(max=value.shape[0] - 1)), where)
+
+
+def _only(value: Tensor, where: Tensor) -> Tensor:
+    return torch.where(where.view([-1] + [1] * (value.dim() - 1)), value, 0)
+
+
+def _add_rows(base: Tensor, index: Tensor, value: Tensor, like: Tensor) -> Tensor:
     """A copy of `base` with `value` added to the rows at `index`, in the memory format of `like`."""
-    if place is not None:
-        # Reading each row's value by its place fuses with what comes after; writing by index would need atomic adds.
-        size = [-1] + [1] * (value.dim() - 1)
-        ran = (place < index.shape[0]).view(size)
-        return base + torch.where(ran, value.index_select(0, place.clamp(max=index.shape[0] - 1)), 0)
     if base.is_contiguous() and like.is_contiguous():
         return base.index_add(0, index, value.contiguous())  # of one that is not, it adds number by number
     added, order = empty_in_format(like, base.shape, base.dtype)
@@ -179,8 +188,10 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        if ctx.place is not None:
+            return _by_place(grad, ctx.place, ctx.place < ctx.index.shape[0]), None, None
         zeros = grad.new_zeros(()).expand(ctx.batch, *grad.shape[1:])
-        return _add_rows(zeros, ctx.index, ctx.place, grad, grad), None, None
+        return _add_rows(zeros, ctx.index, grad, grad), None, None
 
 
 class _Fork(torch.autograd.Function):
@@ -195,20 +206,31 @@ class _Fork(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_taken: Tensor) -> Any:
-        return grad if ctx.index is None else _add_rows(grad, ctx.index, None, grad_taken, grad), None
+        return grad if ctx.index is None else _add_rows(grad, ctx.index, grad_taken, grad), None
 
 
 class _Merge(torch.autograd.Function):
     @staticmethod
-    def forward(shortcut: Tensor, branch: Tensor, index: Tensor, place: Tensor | None, weight: Tensor | None, branch_first: bool) -> Tensor:
-        like = _first(shortcut, branch, branch_first)
-        return _add_rows(shortcut, index, place, _weighted(branch, weight).to(shortcut.dtype), like)
+    def forward(
+        shortcut: Tensor,
+        branch: Tensor,
+        index: Tensor,
+        place: Tensor | None,
+        added: Tensor | None,
+        weight: Tensor | None,
+        branch_first: bool,
+    ) -> Tensor:
+        value = _weighted(branch, weight).to(shortcut.dtype)
+        if place is not None and added is not None:
+            return shortcut + _by_place(value, place, added)
+        return _add_rows(shortcut, index, value, _first(shortcut, branch, branch_first))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, branch, ctx.index, ctx.place, ctx.weight, _ = inputs
+        _, branch, ctx.index, _, ctx.added, ctx.weight, _ = inputs
         ctx.dtype = branch.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, _weighted(_select(grad, ctx.index).to(ctx.dtype), ctx.weight), None, None, None, None
+        own = grad if ctx.added is None else _only(grad, ctx.added)
+        return grad, _weighted(_select(own, ctx.index).to(ctx.dtype), ctx.weight), None, None, None, None, None
