@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -86,6 +87,18 @@ def test_each_variant_is_a_row_and_skip_alone_has_a_lower_ceiling(tool: ModuleTy
     assert {found[label].flops for label in ("base", "fxsd mask", "timm DropPath", "torchvision")} == {1.0}
     assert found["fxsd skip"].saved_ratio < 0.8
     assert found["fxsd mask"].saved_ratio > 1
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_under_autocast_forward_keeps_less(tool: ModuleType, mode: str):
+    plain = setting(tool, mode)
+    found = [
+        tool.measure("net", Net().train(), (256, 8), tool.Rate("uniform", 0.5), ["fxsd skip"], used, quiet)
+        for used in (plain, replace(plain, autocast=torch.bfloat16))
+    ]
+    for without, with_autocast in zip(*found, strict=True):
+        assert with_autocast.failure is None
+        assert with_autocast.saved_bytes < without.saved_bytes
 
 
 def test_the_small_models_are_built_without_stochastic_depth_of_their_own(tool: ModuleType):

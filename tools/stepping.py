@@ -92,8 +92,8 @@ class Step:
 
     module: nn.Module
     x: Tensor
-    autocast: torch.dtype | None = None  # of forward, if given
     drop_rate: float | None = None  # set before the step, if given
+    autocast: torch.dtype | None = None  # of forward, if given
 
     def __call__(self) -> None:
         self.loss().backward()  # type: ignore[no-untyped-call]
@@ -165,7 +165,7 @@ class Compiler:
         mode = GRAPHS if self.setting.mode == GRAPHS else None
         compiled: Any = torch.compile(module, fullgraph=True, backend=self.setting.backend, mode=mode)
         with quiet(), empty, self.counting(label):
-            step = Step(compiled, x, self.setting.autocast).ready()
+            step = Step(compiled, x, autocast=self.setting.autocast).ready()
             began = time.perf_counter()
             step()
             if x.is_cuda:
@@ -194,9 +194,9 @@ def measure(
     counted: dict[str, float] = {}
     for label in (label for label in (BASE, *SUBSETS) if label in modules):
         say(f"FLOPs of {label}")
-        counted[label] = flops(Step(modules[label], x, setting.autocast), 1 if label == BASE else setting.draws)
+        counted[label] = flops(Step(modules[label], x, autocast=setting.autocast), 1 if label == BASE else setting.draws)
     compiler = Compiler(setting)
-    steps = {label: Step(module, x, setting.autocast) for label, module in modules.items()}
+    steps = {label: Step(module, x, autocast=setting.autocast) for label, module in modules.items()}
     if setting.mode != EAGER:
         steps = _compiled(compiler, modules, x, failures, say)
     times, failed = measuring.in_turns(steps, setting.rounds, 1, say, step_ms)
@@ -252,8 +252,8 @@ def break_even(
         if failures:
             raise FxsdError(f"{name}: {'; '.join(failures.values())}")
         modules = {label: step.module for label, step in compiled.items()}
-    steps = {BASE: Step(modules[BASE], x, setting.autocast)}
-    steps |= {f"{SKIP} {rate:g}": Step(modules[SKIP], x, setting.autocast, rate) for rate in rates}
+    steps = {BASE: Step(modules[BASE], x, autocast=setting.autocast)}
+    steps |= {f"{SKIP} {rate:g}": Step(modules[SKIP], x, rate, setting.autocast) for rate in rates}
     times, failed = measuring.in_turns(steps, setting.rounds, 1, say, step_ms)
     if failed:
         raise FxsdError(f"{name}: {'; '.join(failed)}")
@@ -283,7 +283,7 @@ def _compiled(
     for label, module in modules.items():
         say(f"compiling {label}")
         try:
-            steps[label] = Step(compiler(label, module, x), x, compiler.setting.autocast)
+            steps[label] = Step(compiler(label, module, x), x, autocast=compiler.setting.autocast)
         except Exception as error:  # Dynamo and Inductor raise anything
             failures[label] = measuring.line(error)
     return steps
