@@ -79,9 +79,8 @@ class StochasticDepth(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        held = torch.tensor(drop_rate, dtype=torch.float32, device="cpu")
-        self.register_buffer("drop_rate", held.to(device, copy=True), persistent=False)
-        self._follow(_read(held))
+        self.register_buffer("drop_rate", torch.tensor(drop_rate, dtype=torch.float32, device=device), persistent=False)
+        self._follow(_in_float32(drop_rate))
         self.stochastic_method = stochastic_method
         self.scaling = scaling
         self.site, self.module, self.depth, self.kind, self.reason, self.weight = site, module, depth, kind, reason, weight
@@ -117,10 +116,9 @@ class StochasticDepth(nn.Module):
 
     def set_drop_rate(self, drop_rate: float) -> None:
         """Sets the rate in place, so that compiled code sees it without recompiling."""
-        held = torch.tensor(drop_rate, dtype=torch.float32, device="cpu")  # to read the buffer would wait for a GPU
         with torch.no_grad():
             self.drop_rate.fill_(drop_rate)
-        self._follow(_read(held))
+        self._follow(_in_float32(drop_rate))
 
     def train(self, mode: bool = True) -> StochasticDepth:
         super().train(mode)
@@ -156,3 +154,8 @@ class StochasticDepth(nn.Module):
 
 def _read(rate: Tensor) -> float:
     return float(f"{rate.item():.7g}")
+
+
+def _in_float32(rate: float) -> float:
+    """What is read once a rate is set. To read it would wait for a GPU."""
+    return _read(torch.tensor(rate, dtype=torch.float32, device="cpu"))

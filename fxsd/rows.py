@@ -96,7 +96,13 @@ def spread(branch: Tensor, rows: Rows) -> Tensor:
 def _weighted(branch: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None:
         return branch
-    return branch * weight.to(branch.dtype).view([-1] + [1] * (branch.dim() - 1) if weight.dim() else [])
+    weight = weight.to(branch.dtype)
+    return branch * (_column(weight, branch) if weight.dim() else weight)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """One value for each row of `like`, in a shape that broadcasts to its."""
+    return values.view([-1] + [1] * (like.dim() - 1))
 
 
 def _select(value: Tensor, index: Tensor) -> Tensor:
@@ -109,7 +115,7 @@ def _select(value: Tensor, index: Tensor) -> Tensor:
 
 
 def _by_place(value: Tensor, place: Tensor, where: Tensor) -> Tensor:
-    """To the rows where `where` holds the rows of `value` at their places, to the others zeros.
+    """For each row that of `value` at its place, zeros where `where` does not hold.
 
     Reading each row's value fuses with what comes after; writing by index would need atomic adds.
     """
@@ -117,7 +123,8 @@ def _by_place(value: Tensor, place: Tensor, where: Tensor) -> Tensor:
 
 
 def _only(value: Tensor, where: Tensor) -> Tensor:
-    return torch.where(where.view([-1] + [1] * (value.dim() - 1)), value, 0)
+    """`value` with zeros in the rows where `where` does not hold."""
+    return torch.where(_column(where, value), value, 0)
 
 
 def _add_rows(base: Tensor, index: Tensor, value: Tensor, like: Tensor) -> Tensor:
@@ -139,9 +146,9 @@ def _first(shortcut: Tensor, branch: Tensor, branch_first: bool) -> Tensor:
 
 
 def empty_in_format(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> tuple[Tensor, list[int]]:
-    """A new tensor of a shape in the memory format of `like`, and its dims from the largest stride to the smallest. `dtype`: else its own.
+    """A new tensor of a shape in the memory format of `like`, and its dims from the largest stride to the smallest.
 
-    It is no view, so that what comes after may write into it.
+    Its dtype is that of `like` too, if none is given. It is no view, so that what comes after may write into it.
     """
     steps = like.stride() if 0 not in like.stride() else [0] * like.dim()  # expanded: contiguous, as an add of it is
     order = by_stride(steps)

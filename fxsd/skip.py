@@ -100,12 +100,13 @@ class SkipStochasticDepth(StochasticDepth):
             return self._masked(batch, [batch], device)
         if has_static_value(batch):
             self._meet(batch, device)
-            kept = torch.binomial(*getattr(self, f"kept_{batch}")).sum()
+            whole, last = getattr(self, f"kept_{batch}")
             run, all_run = getattr(self, f"size_{batch}").shape[0], getattr(self, f"all_run_{batch}")
         else:
-            kept, run = self._for_variable(batch, device)
+            whole, last, run = self._for_variable(batch, device)
             all_run = not self.moved and run == batch  # of a rate that moves, the answer would be compiled in
         order = torch.randperm(batch, device=device)
+        kept = whole + torch.binomial(torch.ones_like(last), last)
         if all_run:
             return Rows(batch, weight=self._weights(order, kept))
         place = order.argsort()
@@ -128,7 +129,7 @@ class SkipStochasticDepth(StochasticDepth):
         whole, rest = _whole_rows(batch, self._keep_parts)
         run, varies = self._rows_that_run(batch)
         size = self.sizes.variable(self.site, batch, run) if varies else torch.empty(run, 0, device="cpu")
-        kept = torch.tensor([[whole, 1.0], [1.0, max(rest, 0) / _PARTS]], device="cpu")  # so many, at such a probability
+        kept = torch.tensor([whole, max(rest, 0) / _PARTS], device="cpu")
         kept = kept.to(self.met[batch], non_blocking=True)  # a schedule comes here at each step
         setattr(self, f"kept_{batch}", kept)
         setattr(self, f"size_{batch}", size)
@@ -149,15 +150,14 @@ class SkipStochasticDepth(StochasticDepth):
     def _at_least(self, rows: int, batch: int) -> int:
         return min(max(rows, self.least_rows, 1), batch)
 
-    def _for_variable(self, batch: int, device: torch.device) -> tuple[Tensor, int]:
-        """How many rows are kept, and how many run, of a batch that is a variable itself."""
+    def _for_variable(self, batch: int, device: torch.device) -> tuple[int, Tensor, int]:
+        """The same for a batch that is a variable itself."""
         parts = self._size.shape[0]
         whole, rest = _whole_rows(batch, parts)
         run = _least(batch, parts)
         if self.least_rows > 1:
             run = self._at_least(run, batch)
-        last = torch.full((), rest / _PARTS, device=device) * (self.drop_rate < 1.0)
-        return whole + torch.binomial(torch.ones_like(last), last), run
+        return whole, torch.full((), rest / _PARTS, device=device) * (self.drop_rate < 1.0), run
 
     def draw_whole(self, like: Tensor) -> Rows:
         """Draws in training whether the branch runs, for `torch.cond`."""

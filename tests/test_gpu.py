@@ -37,9 +37,9 @@ class Attention(nn.Module):
         return x + self.attention(y, y, y, need_weights=False)[0]
 
 
-def plus(sites: int, device: str, **options: object) -> nn.Module:
-    model = nn.Sequential(*(Plus(8) for _ in range(sites))).to(device)
-    example = torch.zeros(2, 8, device=device)
+def plus(sites: int, **options: object) -> nn.Module:
+    model = nn.Sequential(*(Plus(8) for _ in range(sites))).cuda()
+    example = torch.zeros(2, 8, device="cuda")
     return fxsd.transform(model, drop_distribution="uniform", scaling="train", example_inputs=(example,), **options).train()  # type: ignore[arg-type]
 
 
@@ -102,7 +102,7 @@ def test_small_rates_have_masks():
 @pytest.mark.parametrize("compute", ["mask", "skip"])
 def test_each_sample_is_dropped_as_often_as_the_rate_says(compute: str, method: str, mode: str):
     torch.compiler.reset()
-    gm = plus(2, "cuda", drop_rate=0.3, compute=compute, stochastic_method=method)
+    gm = plus(2, drop_rate=0.3, compute=compute, stochastic_method=method)
     step = gm if mode == "eager" else torch.compile(gm, fullgraph=True, mode=mode)
     batch, steps = 7, 1500
     x = torch.zeros(batch, 8, device="cuda")
@@ -126,7 +126,7 @@ def test_each_sample_is_dropped_as_often_as_the_rate_says(compute: str, method: 
 def test_compiled_rates_move_with_few_graphs(mode: str):
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    gm = plus(3, "cuda", drop_rate=0.5, compute="skip")
+    gm = plus(3, drop_rate=0.5, compute="skip")
     step = torch.compile(gm, fullgraph=True, mode=mode)
     x = torch.randn(16, 8, device="cuda")
     for i in range(20):
