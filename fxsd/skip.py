@@ -151,7 +151,7 @@ class SkipStochasticDepth(StochasticDepth):
         return min(max(rows, self.least_rows, 1), batch)
 
     def _for_variable(self, batch: int, device: torch.device) -> tuple[int, Tensor, int]:
-        """The same for a batch that is a variable itself."""
+        """How many are kept for certain, the probability of one more, and how many run, of a batch that is a variable itself."""
         parts = self._size.shape[0]
         whole, rest = _whole_rows(batch, parts)
         run = _least(batch, parts)
