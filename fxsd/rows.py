@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fxsd.again import can_take_again
+from fxsd.one_pass import is_plain, kernels_for
 
 
 class Rows(NamedTuple):
@@ -25,6 +26,7 @@ class Rows(NamedTuple):
         taken: the rows that run, or None: all of them.
         place: for each row its place in `taken`, or any number beyond; compiled code only.
         added: for each row whether the branch is added to it; compiled code only, which may run some more.
+        order: all rows, those taken first; eager code only.
         weight: what the branch is multiplied by, None for one: a number, or one for each row that runs.
         none: no row runs, instead of `taken`.
         keep: whether all rows run, or none, is what this says; compiled code only.
@@ -37,6 +39,7 @@ class Rows(NamedTuple):
     none: bool = False
     keep: Tensor | None = None
     added: Tensor | None = None
+    order: Tensor | None = None
 
 
 def take(value: Tensor, rows: Rows, kept: bool = False) -> Tensor:
@@ -59,7 +62,7 @@ def fork(value: Tensor, rows: Rows, kept: bool = False) -> tuple[Tensor, Tensor]
     """`value` itself for the shortcut, and `take(value, rows, kept)` for the branch: one pass less in backward."""
     if not rows.none and (rows.taken is None or torch.compiler.is_compiling()):
         return value, take(value, rows, kept)
-    shortcut, taken = _apply(_Fork, value, rows.taken)
+    shortcut, taken = _apply(_Fork, value, rows.taken, rows.order)
     return shortcut, _kept(taken, value, rows.taken) if kept and rows.taken is not None else taken
 
 
@@ -82,7 +85,7 @@ def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = Fal
         shortcut = shortcut.to(torch.promote_types(shortcut.dtype, branch.dtype))
     # No row is merged too, so that parameters of the branch get gradients of zero.
     taken = torch.empty(0, dtype=torch.long, device=branch.device) if rows.none else rows.taken
-    return _apply(_Merge, shortcut, branch, taken, rows.place, rows.added, rows.weight, branch_first)  # type: ignore[no-any-return]
+    return _apply(_Merge, shortcut, branch, taken, rows.place, rows.added, rows.order, rows.weight, branch_first)  # type: ignore[no-any-return]
 
 
 def spread(branch: Tensor, rows: Rows) -> Tensor:
@@ -105,13 +108,18 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.view([-1] + [1] * (like.dim() - 1))
 
 
-def _select(value: Tensor, index: Tensor) -> Tensor:
-    """Rows of `value`, in its memory format."""
-    if torch.compiler.is_compiling() or value.is_contiguous():
-        return value.index_select(0, index)
-    taken, order = empty_in_format(value, (index.shape[0], *value.shape[1:]))
-    torch.index_select(value.permute(order), order.index(0), index, out=taken.permute(order))
-    return taken
+def _select(value: Tensor, index: Tensor, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> Tensor:
+    """Rows of `value`, in its memory format, in a dtype if one is given, and weighted in this."""
+    if not torch.compiler.is_compiling():
+        if (kernels := kernels_for(value)) and index.shape[0]:
+            taken = torch.empty_strided((index.shape[0], *value.shape[1:]), value.stride(), dtype=dtype or value.dtype, device=value.device)
+            kernels.take_rows(taken, value, index, weight)
+            return taken
+        if not value.is_contiguous():
+            taken, order = empty_in_format(value, (index.shape[0], *value.shape[1:]))
+            torch.index_select(value.permute(order), order.index(0), index, out=taken.permute(order))
+            return _weighted(taken.to(dtype or value.dtype), weight)
+    return _weighted(value.index_select(0, index).to(dtype or value.dtype), weight)
 
 
 def _by_place(value: Tensor, place: Tensor, where: Tensor) -> Tensor:
@@ -127,22 +135,36 @@ def _only(value: Tensor, where: Tensor) -> Tensor:
     return torch.where(_column(where, value), value, 0)
 
 
-def _add_rows(base: Tensor, index: Tensor, value: Tensor, like: Tensor) -> Tensor:
-    """A copy of `base` with `value` added to the rows at `index`, in the memory format of `like`."""
+def _add_rows(
+    base: Tensor, index: Tensor, value: Tensor, like: Tensor, order: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
+    """A copy of `base` with `value` added to the rows at `index`, weighted, in the memory format of `like`.
+
+    Args:
+        order: all rows, those of `index` first.
+    """
+    if order is not None and like.stride() == base.stride() and is_plain(value) and (kernels := kernels_for(base)):
+        if value.stride() != base.stride():
+            value = torch.empty_strided(value.shape, base.stride(), dtype=value.dtype, device=value.device).copy_(value)
+        added = torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device=base.device)
+        kernels.add_rows(added, base, order, value, weight)
+        return added
+    value = _weighted(value, weight).to(base.dtype)
     if base.is_contiguous() and like.is_contiguous():
         return base.index_add(0, index, value.contiguous())  # of one that is not, it adds number by number
-    added, order = empty_in_format(like, base.shape, base.dtype)
+    added, dims = empty_in_format(like, base.shape, base.dtype)
     added.copy_(base)
-    added.permute(order).index_add_(order.index(0), index, value.permute(order).contiguous())
+    added.permute(dims).index_add_(dims.index(0), index, value.permute(dims).contiguous())
     return added
 
 
 def _first(shortcut: Tensor, branch: Tensor, branch_first: bool) -> Tensor:
-    """The operand whose memory format the sum has.
+    """The operand whose memory format the sum has: the first that has its rows whole.
 
     An empty branch has lost its own. Rows in pieces, as of a transposed result of attention, would be slow to take again.
     """
-    return branch if branch_first and branch.shape[0] and branch.stride(0) == max(branch.stride()) else shortcut
+    operands = [branch, shortcut] if branch_first else [shortcut, branch]
+    return next((like for like in operands if like.shape[0] and like.stride(0) == max(like.stride())), shortcut)
 
 
 def empty_in_format(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> tuple[Tensor, list[int]]:
@@ -203,17 +225,17 @@ class _Take(torch.autograd.Function):
 
 class _Fork(torch.autograd.Function):
     @staticmethod
-    def forward(value: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(value: Tensor, index: Tensor | None, order: Tensor | None) -> tuple[Tensor, Tensor]:
         # No rows are taken as some are: FSDP sees what enters a module in backward, on every rank at the same time.
         return value.detach(), value[:0].clone() if index is None else _select(value, index)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.index = inputs[1]
+        _, ctx.index, ctx.order = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_taken: Tensor) -> Any:
-        return grad if ctx.index is None else _add_rows(grad, ctx.index, grad_taken, grad), None
+        return grad if ctx.index is None else _add_rows(grad, ctx.index, grad_taken, grad, ctx.order), None, None
 
 
 class _Merge(torch.autograd.Function):
@@ -224,20 +246,20 @@ class _Merge(torch.autograd.Function):
         index: Tensor,
         place: Tensor | None,
         added: Tensor | None,
+        order: Tensor | None,
         weight: Tensor | None,
         branch_first: bool,
     ) -> Tensor:
-        value = _weighted(branch, weight).to(shortcut.dtype)
         if place is not None and added is not None:
-            return shortcut + _by_place(value, place, added)
-        return _add_rows(shortcut, index, value, _first(shortcut, branch, branch_first))
+            return shortcut + _by_place(_weighted(branch, weight).to(shortcut.dtype), place, added)
+        return _add_rows(shortcut, index, branch, _first(shortcut, branch, branch_first), order, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, branch, ctx.index, _, ctx.added, ctx.weight, _ = inputs
+        _, branch, ctx.index, _, ctx.added, _, ctx.weight, _ = inputs
         ctx.dtype = branch.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         own = grad if ctx.added is None else _only(grad, ctx.added)
-        return grad, _weighted(_select(own, ctx.index).to(ctx.dtype), ctx.weight), None, None, None, None, None
+        return grad, _select(own, ctx.index, ctx.dtype, ctx.weight), None, None, None, None, None, None

@@ -88,9 +88,9 @@ class SkipStochasticDepth(StochasticDepth):
             return Rows(batch, weight=self.training_scale())
         run = max(kept, min(self.least_rows, batch))
         # On the CPU, which does not wait, and launches one copy in place of ten kernels.
-        index = torch.randperm(batch, device="cpu")[:run].to(device, non_blocking=True)
+        order = torch.randperm(batch, device="cpu").to(device, non_blocking=True)
         weight = self.training_scale() if run == kept else self._weights(torch.arange(run, device=device), kept)
-        return Rows(batch, index, weight=weight)
+        return Rows(batch, order[:run], weight=weight, order=order)
 
     def _draw_compiled(self, batch: int, device: torch.device) -> Rows:
         if self.stochastic_method == "block":

@@ -1,0 +1,45 @@
+"""Where the kernels of `fxsd.kernels` read and write rows: on a GPU, if Triton works there, in tensors laid out as they expect."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def kernels_for(value: Tensor) -> ModuleType | None:
+    """The kernels, or None: operators of PyTorch have to do."""
+    if not value.is_cuda or not is_plain(value) or not is_by_rows(value) or torch._C._are_functorch_transforms_active():
+        return None
+    return _kernels(value.device)
+
+
+def is_plain(value: Tensor) -> bool:
+    """Are these floats, in a tensor of no class of its own?"""
+    return type(value) is Tensor and value.is_floating_point() and value.element_size() > 1
+
+
+def is_by_rows(value: Tensor) -> bool:
+    """Is one row after the other in memory, without gaps?"""
+    if value.stride(0) * value.shape[0] != value.numel() or not value.numel():
+        return False
+    size = 1
+    for stride, length in sorted(zip(value.stride(), value.shape, strict=True)):
+        if stride != size:
+            return value.is_contiguous()  # strides of one element say nothing
+        size *= length
+    return True
+
+
+@cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    try:
+        from fxsd import kernels
+
+        row, first = torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        kernels.take_rows(row, row, first, None)  # Triton needs a C compiler, and may not know the GPU
+    except Exception:  # of any kind: the operators of PyTorch give the same
+        return None
+    return kernels
