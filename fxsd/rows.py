@@ -108,18 +108,24 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.view([-1] + [1] * (like.dim() - 1))
 
 
-def _select(value: Tensor, index: Tensor, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> Tensor:
-    """Rows of `value`, in its memory format, in a dtype if one is given, and weighted in this."""
-    if not torch.compiler.is_compiling():
-        if (kernels := kernels_for(value)) and index.shape[0]:
-            taken = torch.empty_strided((index.shape[0], *value.shape[1:]), value.stride(), dtype=dtype or value.dtype, device=value.device)
-            kernels.take_rows(taken, value, index, weight)
-            return taken
-        if not value.is_contiguous():
-            taken, order = empty_in_format(value, (index.shape[0], *value.shape[1:]))
-            torch.index_select(value.permute(order), order.index(0), index, out=taken.permute(order))
-            return _weighted(taken.to(dtype or value.dtype), weight)
-    return _weighted(value.index_select(0, index).to(dtype or value.dtype), weight)
+def _select(value: Tensor, index: Tensor) -> Tensor:
+    """Rows of `value`, in its memory format."""
+    if torch.compiler.is_compiling() or value.is_contiguous():
+        return value.index_select(0, index)
+    taken, order = empty_in_format(value, (index.shape[0], *value.shape[1:]))
+    torch.index_select(value.permute(order), order.index(0), index, out=taken.permute(order))
+    return taken
+
+
+def _select_as(dtype: torch.dtype, value: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
+    """Rows of `value` in a dtype, and weighted in it."""
+    # Selecting alone is one pass too, and launched in less time than a kernel of Triton.
+    alone = weight is None and value.dtype is dtype
+    if not alone and not torch.compiler.is_compiling() and index.shape[0] and (kernels := kernels_for(value)):
+        taken = torch.empty_strided((index.shape[0], *value.shape[1:]), value.stride(), dtype=dtype, device=value.device)
+        kernels.take_rows(taken, value, index, weight)
+        return taken
+    return _weighted(_select(value, index).to(dtype), weight)
 
 
 def _by_place(value: Tensor, place: Tensor, where: Tensor) -> Tensor:
@@ -262,4 +268,4 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         own = grad if ctx.added is None else _only(grad, ctx.added)
-        return grad, _select(own, ctx.index, ctx.dtype, ctx.weight), None, None, None, None, None, None
+        return grad, _select_as(ctx.dtype, own, ctx.index, ctx.weight), None, None, None, None, None, None

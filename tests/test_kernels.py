@@ -76,7 +76,7 @@ def test_rows_are_those_of_operators(
                 with monkeypatch.context() as patch:
                     patch.setattr(rows, "kernels_for", kernels_for)
                     found.append(
-                        (rows._add_rows(one, order[:5], other, like, order, weights), rows._select(one, order[:5], branch, weights))
+                        (rows._add_rows(one, order[:5], other, like, order, weights), rows._select_as(branch, one, order[:5], weights))
                     )
             for operators, ours in zip(*found, strict=True):
                 assert ours.dtype == operators.dtype
@@ -107,7 +107,7 @@ def test_a_model_trains_as_with_operators(compute: torch.dtype, kernels: Interpr
             out = gm(x)
         (grad,) = torch.autograd.grad(out.square().sum(), x)
         found.append((out, grad))
-    assert kernels.calls == 8
+    assert kernels.calls == 6  # at each site, adding in forward and in backward, and taking in backward
     for operators, ours in zip(*found, strict=True):
         assert torch.equal(operators, ours)
 

@@ -173,6 +173,14 @@ def test_rows_stay_in_one_piece_behind_a_branch_that_has_them_in_pieces():
     assert skipping(model, x)(x).is_contiguous()
 
 
+def test_a_stream_in_pieces_becomes_whole_where_a_branch_is():
+    stream, rows = torch.randn(5, 6, WIDTH).transpose(0, 1), Rows(6, torch.tensor([4, 0]))
+    whole, pieces = torch.randn(2, 5, WIDTH), torch.randn(5, 2, WIDTH).transpose(0, 1)
+    assert merge(stream, whole, rows).is_contiguous()
+    assert merge(stream, pieces, rows).stride() == stream.stride()
+    assert torch.equal(merge(stream, whole, rows), stream.index_add(0, rows.taken, whole))
+
+
 @pytest.mark.parametrize("scaling", ["inference", "train"])
 @pytest.mark.parametrize("layout", ["tokens", "channels last"])
 def test_evaluation_is_that_of_the_mask(layout: str, scaling: str):
