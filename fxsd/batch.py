@@ -32,8 +32,8 @@ SIZES = (4, 6)  # of the batch, to see what goes with it
 # FLOPs saved for each value of the residual stream from which on skipping beat the mask, on a CPU, for branches of 16 to 1024 FLOPs a
 # value and rates from .07 to .5. A row out and in again is some passes over memory, whatever the branch does.
 _LEAST_GAIN = 32
-# On a GPU the time for a value hardly falls with its FLOPs. At this rate steps of a ViT-B with CUDA graphs took as long as with a mask (H200,
-# autocast); eager steps took less from .02 on.
+# On a GPU the time for a value hardly falls with its FLOPs. At this rate steps of a ViT-B with CUDA graphs took as long as with a mask
+# (H200, autocast); eager steps took less from .02 on.
 _LEAST_RATE_ON_GPU = 0.05
 
 
