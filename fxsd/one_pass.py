@@ -11,9 +11,12 @@ from torch import Tensor
 
 def kernels_for(value: Tensor) -> ModuleType | None:
     """The kernels, or None: operators of PyTorch have to do."""
-    if not value.is_cuda or not is_plain(value) or not is_by_rows(value) or torch._C._are_functorch_transforms_active():
-        return None
-    return _kernels(value.device)
+    return _kernels(value.device) if value.is_cuda and is_fit(value) else None
+
+
+def is_fit(value: Tensor) -> bool:
+    """Are these rows for kernels? Not where autograd looks on, as it does in a backward that has a gradient itself."""
+    return is_plain(value) and _is_by_rows(value) and not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
 
 def is_plain(value: Tensor) -> bool:
@@ -21,7 +24,7 @@ def is_plain(value: Tensor) -> bool:
     return type(value) is Tensor and value.is_floating_point() and value.element_size() > 1
 
 
-def is_by_rows(value: Tensor) -> bool:
+def _is_by_rows(value: Tensor) -> bool:
     """Is one row after the other in memory, without gaps?"""
     if value.stride(0) * value.shape[0] != value.numel() or not value.numel():
         return False

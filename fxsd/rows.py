@@ -113,6 +113,8 @@ def _select(value: Tensor, index: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or value.is_contiguous():
         return value.index_select(0, index)
     taken, order = empty_in_format(value, (index.shape[0], *value.shape[1:]))
+    if torch.is_grad_enabled():  # a backward that has a gradient itself
+        return taken.copy_(value.index_select(0, index))
     torch.index_select(value.permute(order), order.index(0), index, out=taken.permute(order))
     return taken
 

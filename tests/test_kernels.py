@@ -40,7 +40,7 @@ class Interpreted:
         self.kernels.take_rows(*args)
 
     def of(self, value: Tensor) -> Interpreted | None:
-        return self if one_pass.is_plain(value) and one_pass.is_by_rows(value) else None
+        return self if one_pass.is_fit(value) else None
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_rows_are_those_of_operators(
         for like in (one, other):
             found = []
             for kernels_for in (rows.kernels_for, kernels.of):
-                with monkeypatch.context() as patch:
+                with monkeypatch.context() as patch, torch.no_grad():
                     patch.setattr(rows, "kernels_for", kernels_for)
                     found.append(
                         (rows._add_rows(one, order[:5], other, like, order, weights), rows._select_as(branch, one, order[:5], weights))
@@ -85,16 +85,17 @@ def test_rows_are_those_of_operators(
     assert kernels.calls
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
 @pytest.mark.parametrize("compute", [torch.float32, torch.float16])
 def test_a_model_trains_as_with_operators(compute: torch.dtype, kernels: Interpreted, monkeypatch: pytest.MonkeyPatch):
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.branch = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.branch(x)
-
     torch.manual_seed(0)
     model, x = nn.Sequential(Block(), Block()), torch.randn(9, 4, 8, requires_grad=True)
     gm = fxsd.transform(model, 0.3, drop_distribution="uniform", scaling="train", compute="skip", example_inputs=(x[:2].detach(),)).train()
@@ -110,6 +111,20 @@ def test_a_model_trains_as_with_operators(compute: torch.dtype, kernels: Interpr
     assert kernels.calls == 6  # at each site, adding in forward and in backward, and taking in backward
     for operators, ours in zip(*found, strict=True):
         assert torch.equal(operators, ours)
+
+
+def test_gradients_have_gradients(kernels: Interpreted, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Block(), Block()).double(), torch.randn(5, 2, 8, dtype=torch.float64, requires_grad=True)
+    gm = fxsd.transform(model, 0.4, drop_distribution="uniform", scaling="train", compute="skip", example_inputs=(x[:2].detach(),)).train()
+    monkeypatch.setattr(rows, "kernels_for", kernels.of)
+
+    def run(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return gm(x)
+
+    assert torch.autograd.gradgradcheck(run, (x,), fast_mode=True)
+    assert kernels.calls
 
 
 def test_where_triton_does_not_work_operators_do(monkeypatch: pytest.MonkeyPatch):

@@ -160,6 +160,21 @@ def test_a_sample_is_the_shortcut_or_the_shortcut_and_the_branch_bit_for_bit(lay
         assert gm(LAYOUTS[layout](0)).shape == LAYOUTS[layout](0).shape
 
 
+@pytest.mark.parametrize("layout", ["tokens", "channels last", "transposed"])
+def test_gradients_have_gradients(layout: str):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(OneSite(), OneSite(branch_first=True)), LAYOUTS[layout](5).double().requires_grad_()
+    gm = skipping(model, x.detach(), scaling="train")
+
+    def run(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return gm(x)
+
+    assert torch.autograd.gradgradcheck(run, (x,), fast_mode=True)
+    (grad,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
+    assert grad.requires_grad
+
+
 def test_rows_stay_in_one_piece_behind_a_branch_that_has_them_in_pieces():
     class Turned(nn.Module):
         """As what attention gives: the batch is not the outermost dim in memory."""
