@@ -15,8 +15,9 @@ def kernels_for(value: Tensor) -> ModuleType | None:
 
 
 def is_fit(value: Tensor) -> bool:
-    """Are these rows for kernels? Not where autograd looks on, as it does in a backward that has a gradient itself."""
-    return is_plain(value) and _is_by_rows(value) and not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    """Are these rows for kernels? Not where something looks on at operators, as autograd does in a backward that has a gradient itself."""
+    seen = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    return not seen and is_plain(value) and _is_by_rows(value)
 
 
 def is_plain(value: Tensor) -> bool:

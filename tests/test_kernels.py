@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxsd
 from fxsd import one_pass, rows
@@ -124,6 +125,16 @@ def test_gradients_have_gradients(kernels: Interpreted, monkeypatch: pytest.Monk
         return gm(x)
 
     assert torch.autograd.gradgradcheck(run, (x,), fast_mode=True)
+    assert kernels.calls
+
+
+def test_modes_that_look_on_see_operators(kernels: Interpreted, monkeypatch: pytest.MonkeyPatch):
+    gm = fxsd.transform(Block(), 0.5, drop_distribution="uniform", compute="skip", example_inputs=(torch.randn(2, 8),)).train()
+    monkeypatch.setattr(rows, "kernels_for", kernels.of)
+    with FlopCounterMode(display=False):
+        gm(torch.randn(4, 8)).sum().backward()
+    assert not kernels.calls
+    gm(torch.randn(4, 8)).sum().backward()
     assert kernels.calls
 
 
