@@ -171,8 +171,10 @@ def _first(shortcut: Tensor, branch: Tensor, branch_first: bool) -> Tensor:
 
     An empty branch has lost its own. Rows in pieces, as of a transposed result of attention, would be slow to take again.
     """
-    operands = [branch, shortcut] if branch_first else [shortcut, branch]
-    return next((like for like in operands if like.shape[0] and like.stride(0) == max(like.stride())), shortcut)
+    for like in (branch, shortcut) if branch_first else (shortcut, branch):
+        if like.shape[0] and like.stride(0) == max(like.stride()):
+            return like
+    return shortcut
 
 
 def empty_in_format(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> tuple[Tensor, list[int]]:
