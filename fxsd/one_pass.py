@@ -8,6 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+_BATCHED = torch._C._dispatch_key_parse("Batched")
+
 
 def kernels_for(value: Tensor) -> ModuleType | None:
     """The kernels, or None: operators of PyTorch have to do."""
@@ -16,8 +18,16 @@ def kernels_for(value: Tensor) -> ModuleType | None:
 
 def is_fit(value: Tensor) -> bool:
     """Are these rows for kernels? Not where something looks on at operators, as autograd does in a backward that has a gradient itself."""
-    seen = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    seen = torch.is_grad_enabled() or is_transformed(value) or torch._C._len_torch_dispatch_stack() > 0
     return not seen and is_plain(value) and _is_by_rows(value)
+
+
+def is_transformed(value: Tensor) -> bool:
+    """Does this stand for other tensors, as in functions of `torch.func` and in gradients of many outputs at once?
+
+    Operators know how, but not those that write into a tensor that does not.
+    """
+    return torch._C._are_functorch_transforms_active() or torch._C._dispatch_keys(value).has(_BATCHED)
 
 
 def is_plain(value: Tensor) -> bool:

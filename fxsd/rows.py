@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxsd.again import can_take_again
-from fxsd.one_pass import is_plain, kernels_for
+from fxsd.one_pass import is_plain, is_transformed, kernels_for
 
 
 class Rows(NamedTuple):
@@ -110,7 +110,7 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
 
 def _select(value: Tensor, index: Tensor) -> Tensor:
     """Rows of `value`, in its memory format."""
-    if torch.compiler.is_compiling() or value.is_contiguous():
+    if torch.compiler.is_compiling() or value.is_contiguous() or is_transformed(value):
         return value.index_select(0, index)
     taken, order = empty_in_format(value, (index.shape[0], *value.shape[1:]))
     if torch.is_grad_enabled():  # a backward that has a gradient itself
@@ -158,7 +158,7 @@ def _add_rows(
         kernels.add_rows(added, base, order, value, weight)
         return added
     value = _weighted(value, weight).to(base.dtype)
-    if base.is_contiguous() and like.is_contiguous():
+    if (base.is_contiguous() and like.is_contiguous()) or is_transformed(base) or is_transformed(value):
         return base.index_add(0, index, value.contiguous())  # of one that is not, it adds number by number
     added, dims = empty_in_format(like, base.shape, base.dtype)
     added.copy_(base)
@@ -197,22 +197,28 @@ def by_stride(strides: Sequence[int]) -> list[int]:
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply(*args)`, in a fifth of the time where nobody but autograd looks on: what `args` are called is not looked up."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return function.apply(*args)
-    return _quick(function).apply(*args)
+    return _with_tangents(function, quick=not torch._C._are_functorch_transforms_active()).apply(*args)
 
 
 @cache
-def _quick(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The same without a `setup_context` of its own, which functorch needs."""
+def _with_tangents(function: type[torch.autograd.Function], quick: bool) -> type[torch.autograd.Function]:
+    """The same with forward-mode derivatives, which Dynamo does not take.
+
+    Args:
+        quick: without a `setup_context` of its own, which only `torch.func` needs.
+    """
 
     def forward(ctx: Any, *args: Any) -> Any:
         result = function.forward(*args)
         function.setup_context(ctx, args, result)
         return result
 
-    body = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
-    return type(function.__name__, (torch.autograd.Function,), body)
+    body: dict[str, Any] = {"jvp": staticmethod(function.tangents)}  # type: ignore[attr-defined]
+    if quick:
+        body |= {"forward": staticmethod(forward), "setup_context": torch.autograd.Function.setup_context}
+    return type(function.__name__, (function,), body)
 
 
 class _Take(torch.autograd.Function):
@@ -232,6 +238,10 @@ class _Take(torch.autograd.Function):
         zeros = grad.new_zeros(()).expand(ctx.batch, *grad.shape[1:])
         return _add_rows(zeros, ctx.index, grad, grad), None, None
 
+    @staticmethod
+    def tangents(ctx: Any, value: Tensor, *_: Any) -> Tensor:
+        return _select(value, ctx.index)
+
 
 class _Fork(torch.autograd.Function):
     @staticmethod
@@ -246,6 +256,10 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_taken: Tensor) -> Any:
         return grad if ctx.index is None else _add_rows(grad, ctx.index, grad_taken, grad, ctx.order), None, None
+
+    @staticmethod
+    def tangents(ctx: Any, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return _Fork.forward(value, ctx.index, ctx.order)
 
 
 class _Merge(torch.autograd.Function):
@@ -266,10 +280,15 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, branch, ctx.index, _, ctx.added, _, ctx.weight, _ = inputs
+        _, branch, *ctx.rest = inputs
+        ctx.index, _, ctx.added, _, ctx.weight, _ = ctx.rest
         ctx.dtype = branch.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         own = grad if ctx.added is None else _only(grad, ctx.added)
         return grad, _select_as(ctx.dtype, own, ctx.index, ctx.weight), None, None, None, None, None, None
+
+    @staticmethod
+    def tangents(ctx: Any, shortcut: Tensor, branch: Tensor, *_: Any) -> Tensor:
+        return _Merge.forward(shortcut, branch, *ctx.rest)

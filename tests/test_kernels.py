@@ -114,7 +114,8 @@ def test_a_model_trains_as_with_operators(compute: torch.dtype, kernels: Interpr
         assert torch.equal(operators, ours)
 
 
-def test_gradients_have_gradients(kernels: Interpreted, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of torch's own forward mode
+def test_derivatives_of_any_kind(kernels: Interpreted, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     model, x = nn.Sequential(Block(), Block()).double(), torch.randn(5, 2, 8, dtype=torch.float64, requires_grad=True)
     gm = fxsd.transform(model, 0.4, drop_distribution="uniform", scaling="train", compute="skip", example_inputs=(x[:2].detach(),)).train()
@@ -124,6 +125,7 @@ def test_gradients_have_gradients(kernels: Interpreted, monkeypatch: pytest.Monk
         torch.manual_seed(0)
         return gm(x)
 
+    assert torch.autograd.gradcheck(run, (x,), fast_mode=True, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(run, (x,), fast_mode=True)
     assert kernels.calls
 

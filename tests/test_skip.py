@@ -160,19 +160,28 @@ def test_a_sample_is_the_shortcut_or_the_shortcut_and_the_branch_bit_for_bit(lay
         assert gm(LAYOUTS[layout](0)).shape == LAYOUTS[layout](0).shape
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of torch's own forward mode
+@pytest.mark.parametrize("rate", [0.5, 1.0])
 @pytest.mark.parametrize("layout", ["tokens", "channels last", "transposed"])
-def test_gradients_have_gradients(layout: str):
+def test_derivatives_of_any_kind(layout: str, rate: float):
+    """Of derivatives too, forward and backward, and many at once."""
     torch.manual_seed(0)
     model, x = nn.Sequential(OneSite(), OneSite(branch_first=True)), LAYOUTS[layout](5).double().requires_grad_()
     gm = skipping(model, x.detach(), scaling="train")
+    fxsd.set_drop_rate(gm, rate)
 
     def run(x: Tensor) -> Tensor:
         torch.manual_seed(0)
         return gm(x)
 
-    assert torch.autograd.gradgradcheck(run, (x,), fast_mode=True)
-    (grad,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
-    assert grad.requires_grad
+    assert torch.autograd.gradcheck(run, (x,), fast_mode=True, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(run, (x,), fast_mode=True, check_fwd_over_rev=True)
+    assert torch.autograd.grad(run(x).square().sum(), x, create_graph=True)[0].requires_grad
+    tangents = torch.randn_like(x)
+    _, found = torch.func.jvp(torch.func.grad(lambda x: run(x).square().sum()), (x.detach(),), (tangents,))
+    _, expected = torch.autograd.functional.hvp(lambda x: run(x).square().sum(), x, tangents)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.func.jacrev(run)(x.detach()), torch.autograd.functional.jacobian(run, x))
 
 
 def test_rows_stay_in_one_piece_behind_a_branch_that_has_them_in_pieces():
