@@ -114,7 +114,7 @@ def test_a_model_trains_as_with_operators(compute: torch.dtype, kernels: Interpr
         assert torch.equal(operators, ours)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of torch's own forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # of torch's own forward mode
 def test_derivatives_of_any_kind(kernels: Interpreted, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     model, x = nn.Sequential(Block(), Block()).double(), torch.randn(5, 2, 8, dtype=torch.float64, requires_grad=True)

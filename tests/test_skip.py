@@ -160,7 +160,7 @@ def test_a_sample_is_the_shortcut_or_the_shortcut_and_the_branch_bit_for_bit(lay
         assert gm(LAYOUTS[layout](0)).shape == LAYOUTS[layout](0).shape
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of torch's own forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # of torch's own forward mode
 @pytest.mark.parametrize("rate", [0.5, 1.0])
 @pytest.mark.parametrize("layout", ["tokens", "channels last", "transposed"])
 def test_derivatives_of_any_kind(layout: str, rate: float):
