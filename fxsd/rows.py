@@ -215,7 +215,7 @@ def _with_tangents(function: type[torch.autograd.Function], quick: bool) -> type
         function.setup_context(ctx, args, result)
         return result
 
-    body: dict[str, Any] = {"jvp": staticmethod(function.tangents)}  # type: ignore[attr-defined]
+    body: dict[str, Any] = {"jvp": staticmethod(function.tangents), "generate_vmap_rule": not quick}  # type: ignore[attr-defined]
     if quick:
         body |= {"forward": staticmethod(forward), "setup_context": torch.autograd.Function.setup_context}
     return type(function.__name__, (function,), body)

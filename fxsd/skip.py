@@ -80,10 +80,16 @@ class SkipStochasticDepth(StochasticDepth):
         if self._never_drops or batch == 0:
             return Rows(batch)
         if self.stochastic_method == "block":
-            keep = self._uniform([], torch.device("cpu")).item() >= 1.0 - self._keep_parts / _PARTS
-            return Rows(batch, weight=self.training_scale(), none=not keep)
+            drawn = self._uniform([], torch.device("cpu"))
+            if _is_many(drawn):
+                return self._masked(batch, [], device)
+            return Rows(batch, weight=self.training_scale(), none=drawn.item() < 1.0 - self._keep_parts / _PARTS)
         kept, rest = _whole_rows(batch, self._keep_parts)
-        kept += int(rest > _SLACK and torch.rand((), device="cpu").item() < rest / _PARTS)
+        if rest > _SLACK:
+            drawn = torch.rand((), device="cpu")
+            if _is_many(drawn):
+                return self._masked(batch, [batch], device)
+            kept += int(drawn.item() < rest / _PARTS)
         if kept == batch:
             return Rows(batch, weight=self.training_scale())
         run = max(kept, min(self.least_rows, batch))
@@ -186,6 +192,15 @@ class SkipStochasticDepth(StochasticDepth):
             torch._dynamo.maybe_mark_dynamic(self._size, 0)
             for batch in self.met:
                 self._prepare(batch)
+
+
+def _is_many(drawn: Tensor) -> bool:
+    """Has each model under `torch.vmap` a draw of its own? They cannot run different numbers of rows."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(drawn):
+        if torch._C._functorch.is_batchedtensor(drawn):
+            return True
+        drawn = torch._C._functorch.get_unwrapped(drawn)
+    return False
 
 
 def _whole_rows(batch: int, keep_parts: int) -> tuple[int, int]:

@@ -184,6 +184,36 @@ def test_derivatives_of_any_kind(layout: str, rate: float):
     torch.testing.assert_close(torch.func.jacrev(run)(x.detach()), torch.autograd.functional.jacobian(run, x))
 
 
+@pytest.mark.parametrize("method", ["sample", "block"])
+@pytest.mark.parametrize("randomness", ["same", "different"])
+@pytest.mark.parametrize("batch", [4, 5])
+def test_many_models_at_once(batch: int, randomness: str, method: str):
+    model, x = OneSite(), torch.randn(300, batch, WIDTH)
+    gm = skipping(model, x[0], stochastic_method=method)
+    out = torch.vmap(gm, randomness=randomness)(x)
+    added = (out == model(x)).all(-1)
+    assert (added | (out == x).all(-1)).all()
+    each = added.unique(dim=0)
+    if randomness == "same":
+        assert len(each) == 1
+    elif method == "block":
+        assert sorted(each.sum(1).tolist()) == [0, batch]
+    else:
+        assert len(each) == math.comb(4, 2) if batch == 4 else len(each) > 20
+    if randomness == "different":  # 4 standard deviations of 300 draws
+        assert added.float().mean(0).tolist() == pytest.approx([0.5] * batch, abs=4 * 0.5 / math.sqrt(300))
+
+
+def test_derivatives_forward_for_many_tangents():
+    gm, x = skipping(nn.Sequential(OneSite(), OneSite()), torch.randn(3, WIDTH)), torch.randn(3, WIDTH)
+
+    def run(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return gm(x)
+
+    torch.testing.assert_close(torch.func.jacfwd(run, randomness="same")(x), torch.autograd.functional.jacobian(run, x))
+
+
 def test_rows_stay_in_one_piece_behind_a_branch_that_has_them_in_pieces():
     class Turned(nn.Module):
         """As what attention gives: the batch is not the outermost dim in memory."""
