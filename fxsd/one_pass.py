@@ -18,7 +18,7 @@ def kernels_for(value: Tensor) -> ModuleType | None:
 
 def is_fit(value: Tensor) -> bool:
     """Are these rows for kernels? Not where something looks on at operators, as autograd does in a backward that has a gradient itself."""
-    seen = torch.is_grad_enabled() or is_transformed(value) or torch._C._len_torch_dispatch_stack() > 0
+    seen = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0
     return not seen and is_plain(value) and _is_by_rows(value)
 
 
@@ -31,8 +31,8 @@ def is_transformed(value: Tensor) -> bool:
 
 
 def is_plain(value: Tensor) -> bool:
-    """Are these floats, in a tensor of no class of its own?"""
-    return type(value) is Tensor and value.is_floating_point() and value.element_size() > 1
+    """Are these floats, in a tensor of no class of its own that stands for itself?"""
+    return type(value) is Tensor and value.is_floating_point() and value.element_size() > 1 and not is_transformed(value)
 
 
 def _is_by_rows(value: Tensor) -> bool:

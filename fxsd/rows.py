@@ -151,7 +151,7 @@ def _add_rows(
     Args:
         order: all rows, those of `index` first.
     """
-    if order is not None and like.stride() == base.stride() and is_plain(value) and (kernels := kernels_for(base)):
+    if order is not None and like.stride() == base.stride() and (kernels := kernels_for(base)) and is_plain(value):
         if value.stride() != base.stride():
             value = torch.empty_strided(value.shape, base.stride(), dtype=value.dtype, device=value.device).copy_(value)
         added = torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device=base.device)
