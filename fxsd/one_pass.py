@@ -12,8 +12,10 @@ _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
 def kernels_for(value: Tensor) -> ModuleType | None:
-    """The kernels, or None: operators of PyTorch have to do."""
-    return _kernels(value.device) if value.is_cuda and is_fit(value) else None
+    """The kernels, or None: operators of PyTorch have to do, as in compiled code, which has kernels of its own."""
+    if torch.compiler.is_compiling() or not value.is_cuda or not is_fit(value):
+        return None
+    return _kernels(value.device)
 
 
 def is_fit(value: Tensor) -> bool:

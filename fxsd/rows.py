@@ -123,11 +123,16 @@ def _select_as(dtype: torch.dtype, value: Tensor, index: Tensor, weight: Tensor 
     """Rows of `value` in a dtype, and weighted in it."""
     # Selecting alone is one pass too, and launched in less time than a kernel of Triton.
     alone = weight is None and value.dtype is dtype
-    if not alone and not torch.compiler.is_compiling() and index.shape[0] and (kernels := kernels_for(value)):
-        taken = torch.empty_strided((index.shape[0], *value.shape[1:]), value.stride(), dtype=dtype, device=value.device)
+    if not alone and (kernels := kernels_for(value)) and index.shape[0]:
+        taken = _empty_rows(index.shape[0], value, dtype)
         kernels.take_rows(taken, value, index, weight)
         return taken
     return _weighted(_select(value, index).to(dtype), weight)
+
+
+def _empty_rows(rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new tensor of so many rows, laid out as those of `like`, which are one after the other."""
+    return torch.empty_strided((rows, *like.shape[1:]), like.stride(), dtype=dtype, device=like.device)
 
 
 def _by_place(value: Tensor, place: Tensor, where: Tensor) -> Tensor:
@@ -153,8 +158,8 @@ def _add_rows(
     """
     if order is not None and like.stride() == base.stride() and (kernels := kernels_for(base)) and is_plain(value):
         if value.stride() != base.stride():
-            value = torch.empty_strided(value.shape, base.stride(), dtype=value.dtype, device=value.device).copy_(value)
-        added = torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device=base.device)
+            value = _empty_rows(value.shape[0], base, value.dtype).copy_(value)
+        added = _empty_rows(base.shape[0], base, base.dtype)
         kernels.add_rows(added, base, order, value, weight)
         return added
     value = _weighted(value, weight).to(base.dtype)

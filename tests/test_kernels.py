@@ -150,5 +150,8 @@ def test_where_triton_does_not_work_operators_do(monkeypatch: pytest.MonkeyPatch
         one_pass._kernels.cache_clear()
 
 
-def test_on_a_cpu_there_are_none():
+@torch.no_grad()
+def test_on_a_cpu_there_are_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(one_pass, "_kernels", lambda device: rows)
+    assert one_pass.is_fit(torch.zeros(2, 3))
     assert one_pass.kernels_for(torch.zeros(2, 3)) is None
