@@ -65,6 +65,7 @@ _DECISIONS = {
     "eq", "ne", "lt", "le", "gt", "ge", "equal", "isnan", "isinf", "isfinite", "isclose", "logical_not", "logical_and", "logical_or",
     "logical_xor", "bool", "long", "int", "argmax", "argmin", "argsort", "nonzero", "bucketize", "searchsorted", "sign",
 }  # fmt: skip
+_CASTS = {"long", "int"}  # decisions too, but of an input only its type
 _NORMS = {
     "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "normalize", "local_response_norm", "native_layer_norm",
     "native_group_norm", "native_batch_norm",
@@ -83,10 +84,10 @@ _PRODUCTS = {
 }  # fmt: skip
 _ADDS = {"add", "radd", "iadd", "sub", "rsub", "isub", "subtract"}
 _MULTIPLIES = {"mul", "rmul", "imul", "multiply", "div", "truediv", "rtruediv", "itruediv", "divide", "true_divide", "neg", "negative"}
-_JOINS = {"assign_item", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
+_JOINS = {"assign_item", "assign_property", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
 _ASSIGNMENTS = {
     "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift", "setitem",
-    "assign_item",
+    "assign_item", "assign_property",
 }  # fmt: skip
 _TORCH = ("torch", "_operator", "builtins", "math", "operator")
 
@@ -201,6 +202,13 @@ def is_flag(node: fx.Node) -> bool:
     return node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training"
 
 
+def is_reading(node: fx.Node) -> bool:
+    """Does `node` only read a value in another form, so that nothing is lost without it if nobody uses it?"""
+    name = _full_name(node)
+    reads = name in _SHAPES or (name in _VIEWS and "dropout" not in name)
+    return is_flag(node) or (reads and (node.op == "call_method" or (node.op == "call_function" and _torch_function(node.target))))
+
+
 def is_activation(kind: Kind) -> bool:
     return kind not in _INACTIVE
 
@@ -221,11 +229,20 @@ def _kind(node: fx.Node, known: dict[fx.Node, Kind], module: Callable[[str], nn.
     name = op_name(node)
     if name in _SHAPES:
         return Kind.SHAPE
+    if name in _CASTS and _is_given(node.all_input_nodes[0], known):
+        return Kind.VIEW
     if name in _FACTORIES or (name in _DECISIONS and (alive or Kind.CONSTANT in inputs)):
         return Kind.CONSTANT
     if not alive:
         return Kind.CONSTANT if Kind.CONSTANT in inputs else Kind.SHAPE
     return _function_kind(node, name, alive)
+
+
+def _is_given(node: fx.Node, known: dict[fx.Node, Kind]) -> bool:
+    """Is `node` an input, or a view of one: the indices of an embedding, say?"""
+    while known[node] is Kind.VIEW:
+        node = node.all_input_nodes[0]
+    return known[node] is Kind.INPUT
 
 
 def _function_kind(node: fx.Node, name: str, alive: int) -> Kind:

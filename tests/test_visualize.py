@@ -89,7 +89,6 @@ class Sized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, width = x.size(0), x.size(1)
-        x.dim()
         return (x + self.scale * self.branch(x)).view(n, width)
 
 
@@ -228,7 +227,7 @@ def test_groups_that_lead_to_each_other_are_taken_apart(tool: ModuleType):
 def test_sizes_constants_and_checks_are_left_out_by_default(tool: ModuleType):
     source = draw(tool, Sized())
     assert boxes(source, r"\w+") == ["x", "stochastic_depth", "add", "view", "output"]
-    assert "4 nodes left out" in source
+    assert "3 nodes left out" in source
 
 
 def test_a_long_chain_is_laid_out_in_columns_that_break_between_blocks(tool: ModuleType):

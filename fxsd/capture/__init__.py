@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxsd.capture.calls import Call, Run, as_call, observed
 from fxsd.capture.droppath import drop_paths
 from fxsd.capture.hidden import hidden_residual_adds
+from fxsd.capture.patches import KeepsState
 from fxsd.capture.programs import trace_modes, within
 from fxsd.capture.snapshot import Snapshot, unchanged
-from fxsd.capture.tracer import Tracer, place_in_model
+from fxsd.capture.tracer import Tracer, named, place_in_model
 from fxsd.errors import CaptureError, FxsdError
 from fxsd.graphmodule import StochasticGraphModule, copy_graph
 from fxsd.unskip import unskip
@@ -190,17 +191,33 @@ class _Capturer:
         in_training, in_evaluation = (self.calls(path, training) for training in (True, False))
         constants: dict[str, torch.Tensor] = {}
 
+        def traced(call: Call | None, leaves: Set[str], training: bool, kept: Mapping[nn.Module, Mapping[str, Any]]) -> Tracer:
+            tracer = Tracer(self.snapshot, path, known | leaves, training, hidden_residual_adds, constants, self.fakes)
+            for inner, values in kept.items():
+                inner.__dict__.update(values)
+            try:
+                tracer.trace_model(module, call)
+                tracer.kept = {inner: written for inner in module.modules() if (written := self.snapshot.written(inner))}
+            finally:  # the next trace must not see the values of this one
+                changed = self.snapshot.restore(module)
+                tracer.close()
+            if changed and tracer.branched:
+                tracer.changed = {name for name, inner in module.named_modules(prefix=path) if inner in changed}
+            return tracer
+
         def trace(leaves: Set[str], training: bool) -> Tracer:
             tracers = []
             for call in (in_training if training else in_evaluation).values():
-                tracer = Tracer(path, known | leaves, training, hidden_residual_adds, constants, self.snapshot.restore, self.fakes)
-                tracer.trace_model(module, call)
-                changed = self.snapshot.restore(module)  # the next trace must not see the values of this one
-                if changed and tracer.branched:
-                    tracer.changed = {name for name, inner in module.named_modules(prefix=path) if inner in changed}
+                tracer = traced(call, leaves, training, {})
+                if tracer.kept and (_buffers(tracer.kept) or str(traced(call, leaves, training, tracer.kept).graph) != str(tracer.graph)):
+                    keeps = KeepsState(name for written in tracer.kept.values() for name in written)
+                    raise CaptureError(
+                        f"{named(path, module)} {keeps}, and computes with it. To have it captured, keep it in a buffer that is written to "
+                        "in place, or keep the module out of the forward."
+                    )
                 tracers.append(tracer)
             if any(str(tracer.graph) != str(tracers[0].graph) for tracer in tracers[1:]):
-                raise CaptureError(f"module {path!r} ({type(module).__name__}) is called in ways that make it run different code.")
+                raise CaptureError(f"{named(path, module)} is called in ways that make it run different code.")
             return tracers[0]
 
         train, evaluated, apart = trace_modes(
@@ -277,6 +294,10 @@ def _graph_modules(path: str, module: nn.Module, graphs: Sequence[fx.Graph]) -> 
     for target in {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}:
         found = [name for name, inner in module.get_submodule(target).named_modules() if isinstance(inner, fx.GraphModule)]
         yield from (_join(path, _join(target, name)) for name in found if not any(other != name and within(name, other) for other in found))
+
+
+def _buffers(kept: Mapping[nn.Module, Mapping[str, Any]]) -> bool:
+    return any(name in module._buffers for module, written in kept.items() for name in written)
 
 
 def _any(calls: Mapping[Any, Call | None]) -> Call | None:

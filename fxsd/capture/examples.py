@@ -93,4 +93,9 @@ class Examples:
         return getattr(self._root.get_submodule(path), last)
 
     def _fake(self, value: Any) -> Any:
-        return torch.utils._pytree.tree_map_only(torch.Tensor, self._mode.from_tensor, value)
+        def fake(tensor: torch.Tensor) -> torch.Tensor:
+            fake = self._mode.from_tensor(tensor)
+            # Views of what asks for a gradient, made while there are none, stop the module tracker of the flop counter.
+            return fake if torch.is_grad_enabled() else fake.detach()
+
+        return torch.utils._pytree.tree_map_only(torch.Tensor, fake, value)

@@ -40,12 +40,12 @@ def check_given(value: Any, default: Any, name: str) -> None:
 
 @has_side_effect
 def check_decision(value: Any, expected: Any, where: str) -> None:
-    """Stands for a size (or what was computed from sizes) that the model's Python made a decision on.
+    """Stands for a size, a dtype or the like (or what was computed from them) that the model's Python made a decision on.
 
     Raises:
         FxsdError: it is another one than at capture.
     """
-    if type(expected)(value) != expected:
+    if (type(expected)(value) if isinstance(expected, (bool, int, float)) else value) != expected:
         raise FxsdError(
             f"the model was captured for inputs of another size: {where} was {expected!r} then and is {value!r} now. "
             "Transform the model again with example_inputs of this size."

@@ -24,6 +24,12 @@ class Flag(fx.Proxy):
     def __bool__(self) -> bool:
         return self._decide()
 
+    def __eq__(self, other: object) -> bool:
+        return self._decide() == other
+
+    def __hash__(self) -> int:
+        return hash(self._decide())
+
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:

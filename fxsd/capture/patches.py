@@ -6,7 +6,7 @@ import inspect
 import pickle
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,13 @@ _CONTEXTS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inf
 
 class Untraceable(Exception):
     """A part of the model that must not be recorded op by op."""
+
+
+class KeepsState(Untraceable):
+    """A module gives attributes, by name, other values for its next call."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(f"keeps {', '.join(map(repr, names))} for its next call, as a graph would not")
 
 
 @contextmanager

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxsd.capture.calls import is_plain
+from fxsd.capture.proxies import Weight
+
 
 class Snapshot:
     """The attributes of every module of a model, and the containers in them, as they are now."""
@@ -26,6 +29,10 @@ class Snapshot:
     def restore(self, part: nn.Module) -> set[nn.Module]:
         """Puts back `part` and every module in it. Returns those that had changed."""
         return {module for module in self._inside(part) if self._kept[module].restore(module.__dict__)}
+
+    def written(self, module: nn.Module) -> dict[str, Any]:
+        """What `module` itself keeps for its next call: attributes that are plain, with their values, and buffers that are others now."""
+        return self._kept[module].written(module.__dict__)
 
     def _inside(self, part: nn.Module) -> set[nn.Module]:
         """The modules in `part` at the time of the snapshot, whatever a trace did to the tree since."""
@@ -63,11 +70,24 @@ class _Kept:
     """The attributes of one module, as they were. Comparing them is what takes the time of a restore: it is left to C."""
 
     def __init__(self, attributes: dict[str, Any]) -> None:
-        self._attributes = attributes.copy()
+        self._attributes, self._buffers = attributes.copy(), attributes["_buffers"].copy()
         self.modules = [child for child in attributes["_modules"].values() if child is not None]
         containers = [value for value in attributes.values() if isinstance(value, (dict, list, set))]
         self._empty = [container for container in containers if not container]
         self._full = [(container, container.copy()) for container in containers if container]
+
+    def written(self, attributes: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            name: None
+            for name, buffer in attributes["_buffers"].items()
+            if (buffer.tensor if type(buffer) is Weight else buffer) is not self._buffers.get(name)  # `self.buffer += 1` leaves it there
+        }
+        if not _same(attributes, self._attributes):
+            for name, value in attributes.items():
+                before = self._attributes.get(name, self)
+                if value is not before and is_plain(value) and not (is_plain(before) and value == before):
+                    found[name] = value
+        return found
 
     def restore(self, attributes: dict[str, Any]) -> bool:
         """Says whether there was anything to do."""

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import traceback
+import weakref
 from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.proxy import ParameterProxy, TracerBase
+from torch.fx.proxy import TracerBase
 from torch.nn.utils import parametrize
 
-from fxsd.capture.calls import Call
+from fxsd.capture.calls import Call, is_plain
 from fxsd.capture.examples import Examples
 from fxsd.capture.guards import check_bound, check_decision, check_given
+from fxsd.capture.leftovers import take_out
 from fxsd.capture.modes import Flag, live_training
 from fxsd.capture.objects import Constant, MakeObject, is_made_of_attributes
 from fxsd.capture.patches import (
+    KeepsState,
     Untraceable,
     noticed_contexts,
     noticed_draws,
@@ -28,18 +33,20 @@ from fxsd.capture.patches import (
     recorded_checkpoints,
     recorded_factories,
 )
-from fxsd.capture.proxies import Value, known_types
+from fxsd.capture.proxies import Value, Weight, itself, known_types
 from fxsd.capture.signature import bind
+from fxsd.capture.snapshot import Snapshot
 from fxsd.capture.source import failing_line, this_line
 from fxsd.checkpoints import MARK, Checkpoint
 from fxsd.errors import CaptureError, FxsdError
 from fxsd.graphmodule import CONSTANTS
-from fxsd.values import is_flag
+from fxsd.values import is_reading, is_size, op_name
 
 # nn.Module subclasses whose own forward holds no sum of activations, or is not worth reading, are leaves; these hold residual adds.
 _COMPOSITES = (
     nn.Sequential, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer, nn.Transformer,
 )  # fmt: skip
+_FIXED = ("dim", "dtype", "layout", "ndim", "ndimension", "type")  # what a tensor is, whatever its size; `type` of its device
 _PLAIN = {tuple, list, dict, slice, str, int, float, bool, type(None)}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -55,12 +62,12 @@ class Tracer(fx.Tracer):
     Paths are those in the whole model, but for the targets of nodes, which start at the module that is traced.
 
     Args:
+        snapshot: of the whole model; it takes back what a failed attempt left in the attributes of a module.
         path: of the module that will be traced in the whole model.
         leaves: paths of modules to keep as calls.
         training: the mode that Python decisions on `self.training` see.
         hides_sites: told a module that failed, returns how many residual adds would be out of reach inside it.
         constants: where to put tensors that are made while tracing.
-        restore: takes back what a failed attempt left in a module's attributes.
         fakes: of the example values.
     """
 
@@ -68,29 +75,33 @@ class Tracer(fx.Tracer):
 
     def __init__(
         self,
+        snapshot: Snapshot,
         path: str = "",
         leaves: Set[str] = frozenset(),
         training: bool = True,
         hides_sites: Callable[[nn.Module], int] = lambda module: 0,
         constants: dict[str, torch.Tensor] | None = None,
-        restore: Callable[[nn.Module], object] = lambda module: None,
         fakes: FakeTensorMode | None = None,
     ) -> None:
         super().__init__()
-        self.path, self.leaves, self.training, self.hides_sites, self.restore = path, leaves, training, hides_sites, restore
+        self.path, self.leaves, self.training, self.hides_sites, self.snapshot = path, leaves, training, hides_sites, snapshot
         self.fakes = fakes
         self.branched: dict[str, None] = {}
         self.opaque: dict[str, str] = {}
         self.broken: dict[str, str] = {}
         self.apart: set[str] = set()
-        self.changed: set[str] = set()  # modules to whose attributes the trace has written, for the caller to say
+        # For the caller to say: modules to whose attributes the trace has written, and what they keep so for their next call.
+        self.changed: set[str] = set()
+        self.kept: dict[nn.Module, dict[str, Any]] = {}
         self.constants: dict[str, torch.Tensor] = {} if constants is None else constants
-        self._attributes: dict[str, fx.Proxy] = {}
+        self._attributes: dict[str, Value] = {}
+        self._values: list[weakref.ref[Value]] = []
+        self.is_open = True
         self._returning = False
         self._open: set[int] = set()  # objects that are being made
         self._flags: dict[str, fx.Proxy] = {}
         self.examples: Examples | None = None
-        self._decided: dict[tuple[fx.Node, type], Any] = {}
+        self._decided: dict[tuple[fx.Node, Callable[[Any], Any]], Any] = {}
         self._targets: dict[Any, Any] = {}
         self.set_aside = False
         self.checkpoint: Checkpoint | None = None  # what is traced now runs under it
@@ -123,11 +134,11 @@ class Tracer(fx.Tracer):
             except FxsdError:  # the call does not fit
                 raise
             except Exception as error:
-                raise CaptureError(self._why(self.path, root, error)) from error
+                raise CaptureError(self._why(self.path, root, error)) from _without_locals(error)
         place_in_model(graph, self.path, type(root))
-        for flag in list(graph.nodes):
-            if is_flag(flag) and not flag.users:
-                graph.erase_node(flag)
+        for node in reversed(graph.nodes):
+            if not node.users and is_reading(node):
+                graph.erase_node(node)
         return graph
 
     def create_args_for_root(
@@ -175,7 +186,21 @@ class Tracer(fx.Tracer):
         return all(leaf is None or isinstance(leaf, (bool, int, float, str)) for leaf in leaves)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return Value(node, self)
+        return self._made(Value(node, self))
+
+    def _made(self, value: Value) -> Value:
+        self._values.append(weakref.ref(value))
+        return value
+
+    def close(self) -> None:
+        """The trace is over: nobody outside of it may keep its values."""
+        self.is_open = False
+        self._attributes.clear()
+        self.journal.clear()
+        kept = [value for value in (made() for made in self._values) if value is not None]
+        self._values.clear()
+        if kept:
+            take_out(kept)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         # The code generator of torch 2.7 takes equal targets, such as two `Constant`s, only if they are the same object.
@@ -195,7 +220,7 @@ class Tracer(fx.Tracer):
     def keys(self, obj: fx.Proxy) -> Any:
         return list(self.known(obj))
 
-    def decide(self, obj: fx.Proxy, kind: type) -> Any:
+    def decide(self, obj: fx.Proxy, kind: Callable[[Any], Any]) -> Any:
         """The value of `obj` as a `kind`, which the graph then takes for granted and checks."""
         known = self.known(obj)
         if isinstance(known, torch.Tensor):
@@ -205,6 +230,18 @@ class Tracer(fx.Tracer):
             self._decided[node, kind] = kind(known)
             self.create_node("call_function", check_decision, (node, self._decided[node, kind], this_line()), {})
         return self._decided[node, kind]
+
+    def hashed(self, obj: Value, as_argument: bool) -> int:
+        """Tensors are looked up in a set or a dictionary as the objects that they are, all else by value.
+
+        Args:
+            as_argument: of a call. A size is the object that it is there too.
+        """
+        if not self.is_open or (as_argument and is_size(obj.node) and op_name(obj.node) not in _FIXED):
+            return object.__hash__(obj)
+        if not (is_size(obj.node) if self.examples is None else is_plain(self.known(obj))):
+            return object.__hash__(obj)
+        return hash(self.decide(obj, itself))
 
     def known(self, obj: fx.Proxy) -> Any:
         """The value of `obj` in the example call."""
@@ -263,13 +300,16 @@ class Tracer(fx.Tracer):
             return self._call_unregistered(m, forward, args, kwargs)
         nodes, written, depth = len(self.graph.nodes), len(self.journal), len(self.module_stack)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            if (keeps := self.snapshot.written(m)) and not self.hides_sites(m):
+                raise KeepsState(keeps)
+            return result
         except Exception as error:
             path = self._in_model(path)
             kept = self.broken if self.hides_sites(m) else self.opaque
             kept[path] = self._why(path, m, error)
             self._roll_back(nodes, written, depth)
-            self.restore(m)
+            self.snapshot.restore(m)
             self.leaves |= {path}
             return super().call_module(m, forward, args, kwargs)
 
@@ -309,7 +349,7 @@ class Tracer(fx.Tracer):
             return attr_val
         if name not in self._attributes:
             node = self.create_node("get_attr", name, (), {})
-            self._attributes[name] = ParameterProxy(self, node, name, nn.Parameter(attr_val, requires_grad=False))
+            self._attributes[name] = self._made(Weight(node, self, attr_val))
         return self._attributes[name]
 
     def create_arg(self, a: Any) -> Any:
@@ -332,6 +372,8 @@ class Tracer(fx.Tracer):
             return self.create_node("get_attr", name, (), {})
         if isinstance(a, type):
             return self.create_node("call_function", Constant(a), (), {})
+        if isinstance(a, (numpy.generic, numpy.ndarray)):
+            return self.create_arg(a.item() if a.ndim == 0 else torch.from_numpy(a.copy()))
         if is_made_of_attributes(a) and not is_dataclass(a):
             if not self._returning:  # what is called would change a copy
                 raise Untraceable(f"it passes on a {type(a).__name__} of its own making")
@@ -372,7 +414,9 @@ class Tracer(fx.Tracer):
         return ".".join(filter(None, (self.path, path)))
 
     def _why(self, path: str, module: nn.Module, error: Exception) -> str:
-        where = f"module {path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
+        where = named(path, module)
+        if isinstance(error, KeepsState):
+            return f"{where} {error}"
         cause = (str(error).splitlines()[0] if str(error) else type(error).__name__).removesuffix(".")
         tensor_ops = "write this line with tensor ops"
         if self._call is None:
@@ -380,6 +424,10 @@ class Tracer(fx.Tracer):
         else:
             way_out = f"To have it captured, {tensor_ops}"
         return f"{where} stopped tracing at {failing_line(error)}: {cause}. {way_out}, or keep the module out of the forward."
+
+
+def named(path: str, module: nn.Module) -> str:
+    return f"module {path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
 
 
 def place_in_model(graph: fx.Graph, path: str, cls: type[nn.Module]) -> None:
@@ -390,3 +438,13 @@ def place_in_model(graph: fx.Graph, path: str, cls: type[nn.Module]) -> None:
         stack = node.meta.get("nn_module_stack") or {}
         inside = {f"{path}.{key}": (f"{path}.{name}", kind) for key, (name, kind) in stack.items()}
         node.meta["nn_module_stack"] = {path: (path, cls), **inside}
+
+
+def _without_locals(error: Exception) -> Exception:
+    """The same error, which no longer keeps alive what the functions it went through held."""
+    chain: list[BaseException | None] = [error]
+    for current in chain:
+        if current is not None:
+            traceback.clear_frames(current.__traceback__)
+            chain += [other for other in (current.__cause__, current.__context__) if not any(other is one for one in chain)]
+    return error

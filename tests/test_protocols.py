@@ -1,0 +1,435 @@
+"""What Python asks of the values of a trace, and where a forward puts them: answered as the values themselves would, or refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import einops
+import einops.layers.torch
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxsd
+from fxsd.capture.leftovers import take_out
+from fxsd.capture.proxies import Value
+
+WIDTH = 8
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+
+
+class Asks(nn.Module):
+    """A residual block, and what `ask` does with its output."""
+
+    def __init__(self, ask: Callable[[Asks, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.ask, self.branch = ask, mlp()
+        self.weight = nn.Parameter(torch.rand(WIDTH))
+        self.register_buffer("state", torch.zeros(WIDTH))
+        self.split = einops.layers.torch.Rearrange("b (h d) -> b h d", h=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ask(self, x + self.branch(x))
+
+
+def check(ask: Callable[[Any, Tensor], Tensor], batches: tuple[int, ...] = (4, 3)) -> fxsd.StochasticGraphModule:
+    """One graph, at rate 0 the original at every batch size, in what it returns and in what it leaves in its buffers."""
+    torch.manual_seed(0)
+    model = Asks(ask)
+    gm = fxsd.transform(copy.deepcopy(model), 0.0, example_inputs=(torch.rand(4, WIDTH),))
+    assert isinstance(gm, torch.fx.GraphModule)
+    for batch in batches:
+        x = torch.rand(batch, WIDTH)
+        for mode in (True, False):
+            result = model.train(mode)(x)
+            assert type(result) is Tensor, "the original is as it was"
+            torch.testing.assert_close(gm.train(mode)(x), result, rtol=0, atol=0)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(gm.state_dict()[key], value, rtol=0, atol=0, msg=key)
+    return gm
+
+
+# --- lookups ----------------------------------------------------------------------------------------------------------------
+
+TABLE = {2: 2.0, 3: 3.0}
+LOOKUPS = {
+    "dims as a key": lambda m, x: x * TABLE[x.ndim],
+    "dims by method": lambda m, x: x * TABLE[x.dim()],
+    "dims, get": lambda m, x: x * TABLE.get(x.ndim, 5.0),
+    "dims of a parameter": lambda m, x: x * {1: 2.0}[m.weight.ndim],
+    "dims in a set": lambda m, x: x * 2 if x.ndim in {2, 4} else x,
+    "dims not in a set": lambda m, x: x * 2 if x.ndim in {3, 4} else x,
+    "size in a set": lambda m, x: x * 2 if x.shape[-1] in {WIDTH, 9} else x,
+    "size not in a set": lambda m, x: x * 2 if x.shape[-1] in {9} else x,
+    "size as a key": lambda m, x: x * {WIDTH: 3.0}[x.shape[1]],
+    "shape as a key": lambda m, x: x * {(WIDTH,): 3.0}[x.shape[1:]],
+    "dtype": lambda m, x: x * {torch.float32: 2.0, torch.float64: 3.0}[x.dtype],
+    "dtype, get": lambda m, x: x * {torch.float32: 2.0}.get(x.dtype, 3.0),
+    "dtype in a set": lambda m, x: x * 2 if x.dtype in {torch.float32} else x,
+    "device": lambda m, x: x * {"cpu": 2.0, "cuda": 3.0}[x.device.type],
+    "mode": lambda m, x: x * {True: 1.0, False: 2.0}[m.training],
+    "mode, equal": lambda m, x: x * 2 if m.training == False else x,  # noqa: E712
+    "tensor in a dictionary": lambda m, x: x * {x: 2.0}[x],
+    "parameter in a set": lambda m, x: x * 2 if m.weight in {m.weight} else x,
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_values_are_looked_up_as_what_they_stand_for(name: str):
+    check(LOOKUPS[name])
+
+
+def test_a_size_that_was_looked_up_is_checked():
+    gm = check(lambda m, x: x * 2 if x.shape[0] in {4, 5} else x, batches=(4,))
+    with pytest.raises(fxsd.FxsdError, match="was 4 then and is 5 now"):
+        gm(torch.rand(5, WIDTH))
+
+
+def test_a_dtype_that_was_looked_up_is_checked():
+    gm = check(LOOKUPS["dtype"])
+    with pytest.raises(fxsd.FxsdError, match=r"torch\.float32 then and is torch\.float64 now"):
+        gm.double()(torch.rand(4, WIDTH, dtype=torch.float64))
+
+
+@functools.lru_cache
+def ramp(size: int) -> Tensor:
+    return torch.arange(size).float()
+
+
+@pytest.mark.parametrize("ran", [False, True], ids=["", "after a run"])
+def test_a_cached_function_of_the_batch_leaves_it_live(ran: bool):
+    ramp.cache_clear()
+    if ran:
+        ramp(4)
+    check(lambda m, x: x + ramp(x.shape[0])[:, None])
+
+
+# --- types, lengths, other libraries ----------------------------------------------------------------------------------------
+
+
+def unpacked(m: Any, x: Tensor) -> Tensor:
+    a, b, *_ = x.chunk(4, -1)
+    first, *rest = x.shape
+    (c, d), e = x.chunk(2, -1), len(x)
+    return torch.cat([b, a, c, d], -1).reshape(first, -1) * e + sum(rest)
+
+
+def sets_properties(m: Any, x: Tensor) -> Tensor:
+    y, z = x.clone(), x.detach()
+    y.data = x.data * 2
+    z.requires_grad = True
+    return y + z
+
+
+OTHERS = {
+    "parameter is a tensor": lambda m, x: x * m.weight if isinstance(m.weight, Tensor) and torch.is_tensor(m.weight) else x,
+    "parameter is one": lambda m, x: x * m.weight if isinstance(m.weight, nn.Parameter) and not isinstance(x, nn.Parameter) else x,
+    "size of a parameter": lambda m, x: x.reshape(-1, m.weight.size(0)) * m.state.size(-1),
+    "callable": lambda m, x: x if callable(x) else x * 2,
+    "callable method": lambda m, x: x * 2 if callable(x.view) else x,
+    "length": lambda m, x: x[: len(x) - 1] * len(x),
+    "length of a shape": lambda m, x: x * 2 if len(x.shape) == 2 else x,
+    "unpacked": unpacked,
+    "divmod": lambda m, x: x * divmod(x.shape[0], 3)[0] + divmod(x.shape[0], 3)[1],
+    "properties": sets_properties,
+    "numpy, function": lambda m, x: x * float(numpy.sqrt(x.shape[-1])),
+    "numpy, operator": lambda m, x: x * float(numpy.float32(2.0) * x.shape[-1]),
+    "numpy, rounded": lambda m, x: x[:, : numpy.ceil(numpy.log1p(x.shape[-1])).astype("int").item()],
+    "numpy, product": lambda m, x: x.reshape(int(numpy.prod(x.shape[1:])), -1) * numpy.prod(x.shape),
+    "numpy, array": lambda m, x: x + torch.as_tensor(numpy.linspace(0, 1, WIDTH), dtype=torch.float32),
+    "einops": lambda m, x: einops.rearrange(x, "b (h d) -> b h d", h=2).flatten(1),
+    "einops, layer": lambda m, x: m.split(x).flatten(1),
+    "einops, parameter": lambda m, x: x + einops.repeat(m.weight, "d -> b d", b=x.shape[0]),
+    "einops, reduce": lambda m, x: x + einops.reduce(x, "b (h d) -> b d", "mean", h=2).repeat(1, 2),
+    "math": lambda m, x: x * math.ceil(math.log2(x.shape[-1])) / math.prod(x.shape[1:]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_values_answer_as_what_they_stand_for(name: str):
+    check(OTHERS[name])
+
+
+def test_the_length_of_a_tensor_stays_live():
+    assert "check_decision" not in check(lambda m, x: x[: len(x) - 1]).code
+
+
+def test_what_is_only_read_is_left_out():
+    def reads(m: Any, x: Tensor) -> Tensor:
+        batch, _ = x.shape
+        x.view(batch, 2, -1).transpose(1, 2).clone()
+        return x
+
+    assert [node.name for node in check(reads).graph.nodes if node.op != "call_module"] == ["x", "add", "output"]
+
+
+# --- what a forward keeps outside of the model -------------------------------------------------------------------------------
+
+CACHE: dict[Any, Any] = {}
+LIST: list[Tensor] = []
+KEPT: Any = None
+
+
+class Holder:
+    ramp: Any = None
+
+
+class Starts:
+    def __init__(self) -> None:
+        self.ramp: Any = None
+
+
+HOLDER = Starts()
+
+
+@functools.cache
+def ramps(size: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+    return torch.arange(size).to(dtype), size
+
+
+def in_dictionary(m: Any, x: Tensor) -> Tensor:
+    if "ramp" not in CACHE:
+        CACHE["ramp"] = torch.arange(WIDTH).float()
+    return x + CACHE["ramp"]
+
+
+def by_size(m: Any, x: Tensor) -> Tensor:
+    if x.shape[-1] not in CACHE:
+        CACHE[x.shape[-1]] = torch.arange(x.shape[-1]).float()
+    return x + CACHE[x.shape[-1]]
+
+
+def in_list(m: Any, x: Tensor) -> Tensor:
+    if not LIST:
+        LIST.append(torch.arange(WIDTH).float())
+    return x + LIST[0]
+
+
+def in_file(m: Any, x: Tensor) -> Tensor:
+    global KEPT
+    if KEPT is None:
+        KEPT = torch.arange(WIDTH).float()
+    return x + KEPT
+
+
+def in_class(m: Any, x: Tensor) -> Tensor:
+    if Holder.ramp is None:
+        Holder.ramp = torch.arange(WIDTH).float()
+    return x + Holder.ramp
+
+
+def in_object(m: Any, x: Tensor) -> Tensor:
+    if HOLDER.ramp is None:
+        HOLDER.ramp = torch.arange(WIDTH).float()
+    return x + HOLDER.ramp
+
+
+def in_function(m: Any, x: Tensor) -> Tensor:
+    if not hasattr(in_function, "ramp"):
+        in_function.ramp = torch.arange(WIDTH).float()  # type: ignore[attr-defined]
+    return x + in_function.ramp  # type: ignore[attr-defined]
+
+
+def closure() -> Callable[[Any, Tensor], Tensor]:
+    kept = None
+
+    def in_closure(m: Any, x: Tensor) -> Tensor:
+        nonlocal kept
+        if kept is None:
+            kept = torch.arange(WIDTH).float()
+        return x + kept
+
+    return in_closure
+
+
+CACHES = {
+    "cached": lambda m, x: x + ramp(WIDTH),
+    "cached for good": lambda m, x: x + ramps(WIDTH, x.dtype)[0],
+    "dictionary": in_dictionary,
+    "by size": by_size,
+    "list": in_list,
+    "file": in_file,
+    "class": in_class,
+    "object": in_object,
+    "function": in_function,
+    "closure": closure(),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_no_value_of_a_trace_is_left_in_a_cache(name: str):
+    ramp.cache_clear()
+    ramps.cache_clear()
+    CACHE.clear()
+    check(CACHES[name])
+    check(CACHES[name])  # with the cache filled by the original
+
+
+def test_values_are_freed_when_a_trace_is_over():
+    made: list[weakref.ref[Any]] = []
+    before = Value.__init__
+
+    def noted(self: Any, *args: Any) -> None:
+        before(self, *args)
+        made.append(weakref.ref(self))
+
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Value, "__init__", noted)
+            check(unpacked)
+        assert made
+        assert not any(ref() for ref in made)
+    finally:
+        gc.enable()
+
+
+def test_what_else_is_in_a_container_stays():
+    class Kept:
+        pass
+
+    value, other = Kept(), Kept()
+    holders: list[Any] = [{1: value, 2: other, value: 3}, [value, other, (value, 1)], {value, other}, Starts()]
+    holders[3].ramp, holders[3].other = (1, value), other
+    take_out([value])
+    assert holders[0] == {2: other}
+    assert holders[1] == [other]
+    assert holders[2] == {other}
+    assert vars(holders[3]) == {"ramp": None, "other": other}
+
+
+# --- what a module keeps for its next call -----------------------------------------------------------------------------------
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.fc = 0, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.fc(x) * self.calls
+
+
+class Averages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = self.mean * 0.9 + x.detach().mean(0)
+        return x - self.mean
+
+
+class Remembers(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last, self.seen, self.scale = x, x.shape, WIDTH**-0.5
+        return x * self.scale
+
+
+class Then(nn.Module):
+    def __init__(self, then: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.then = mlp(), then
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(x + self.branch(x))
+
+
+class CountsItself(Then):
+    uses = True
+
+    def __init__(self) -> None:
+        super().__init__(Then(nn.Identity()))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.then(x + self.branch(x) * (self.calls if self.uses else 1))
+
+
+class CountsForOthers(CountsItself):
+    uses = False
+
+
+class AveragesItself(Then):
+    def __init__(self) -> None:
+        super().__init__(Then(nn.Identity()))
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = self.mean * 0.9 + x.detach().mean(0)
+        return self.then(x + self.branch(x) - self.mean)
+
+
+class Starting(Then):
+    def __init__(self) -> None:
+        super().__init__(Then(nn.Identity()))
+        self.ready = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.ready, x = True, x * 2
+        return self.then(x + self.branch(x))
+
+
+def check_calls(model: nn.Module, gm: nn.Module) -> None:
+    """Several calls, one after the other, give what those of the original give, in buffers too."""
+    torch.manual_seed(0)
+    for mode in (True, True, False):
+        x = torch.rand(3, WIDTH)
+        torch.testing.assert_close(gm.train(mode)(x), model.train(mode)(x), rtol=0, atol=0)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(gm.state_dict()[key], value, rtol=0, atol=0, msg=key)
+
+
+@pytest.mark.parametrize("examples", [None, (torch.rand(4, WIDTH),)], ids=["", "examples"])
+@pytest.mark.parametrize("kind", [Counts, Averages, Remembers])
+def test_a_module_that_computes_with_what_it_kept_stays_a_call(kind: type[nn.Module], examples: Any):
+    model = Then(kind())
+    gm = fxsd.transform(copy.deepcopy(model), 0.0, example_inputs=examples)
+    assert isinstance(gm, torch.fx.GraphModule)
+    assert len(fxsd.sites(gm)) == 1
+    check_calls(model, gm)
+
+
+@pytest.mark.parametrize("kind", [CountsItself, AveragesItself, Starting])
+def test_a_model_that_computes_with_what_it_kept_stays_python(kind: type[nn.Module]):
+    model = kind()
+    with pytest.warns(UserWarning, match="1 lie in code that could not be captured"):
+        gm = fxsd.transform(copy.deepcopy(model), 0.0, example_inputs=(torch.rand(4, WIDTH),))
+    assert [site.module for site in fxsd.sites(gm)] == ["then"]
+    check_calls(model, gm)
+
+
+def test_without_examples_it_is_an_error_that_names_what_is_kept():
+    with pytest.raises(fxsd.CaptureError, match="keeps 'calls' for its next call"):
+        fxsd.transform(CountsItself())
+
+
+def test_a_count_that_nothing_is_computed_with_is_no_matter():
+    model = CountsForOthers()
+    gm = fxsd.transform(copy.deepcopy(model), 0.0, example_inputs=(torch.rand(4, WIDTH),))
+    assert isinstance(gm, torch.fx.GraphModule)
+    assert model.calls == 0
+    check_calls(model, gm)
+
+
+def test_buffers_are_written_in_place():
+    def writes(m: Any, x: Tensor) -> Tensor:
+        m.state += x.detach().mean(0)
+        m.state[:2] = 1.0
+        m.state[2:] *= 0.5
+        return x + m.state
+
+    check(writes)
