@@ -209,16 +209,16 @@ def known_types(tracer: Tracer) -> Iterator[None]:
     def asked(thing: Any, classes: Any) -> bool:
         if type(thing) not in kinds or sys._getframe(1).f_globals.get("__name__", "").startswith("torch.fx"):
             return is_instance(thing, classes)
-        return issubclass(type(thing), classes) or is_instance(tracer.known(thing), classes)
+        return issubclass(type(thing), classes) or tracer.is_a(thing, classes)
 
     def asked_to_call(thing: Any) -> bool:
         if type(thing) is Attribute:
-            return is_callable(getattr(tracer.known(thing.root), thing.attr))
-        return is_callable(tracer.known(thing) if type(thing) in kinds else thing)
+            return tracer.examples is None or is_callable(getattr(tracer.known(thing.root), thing.attr))
+        return type(thing) not in kinds and is_callable(thing)
 
     def live_length(thing: Any) -> Any:
         # That of a tensor may be the batch; how many dims or parts there are shapes the graph.
-        return thing.size(0) if type(thing) in kinds and is_instance(tracer.known(thing), Tensor) else length(thing)
+        return thing.size(0) if type(thing) in kinds and tracer.examples and is_instance(tracer.known(thing), Tensor) else length(thing)
 
     builtins.isinstance, builtins.callable, builtins.len = asked, asked_to_call, live_length  # type: ignore[assignment]
     try:

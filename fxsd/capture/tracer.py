@@ -47,6 +47,7 @@ _COMPOSITES = (
     nn.Sequential, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer, nn.Transformer,
 )  # fmt: skip
 _FIXED = ("dim", "dtype", "layout", "ndim", "ndimension", "type")  # what a tensor is, whatever its size; `type` of its device
+_SIZES = (int, float, bool, torch.Size, torch.dtype, torch.device)
 _PLAIN = {tuple, list, dict, slice, str, int, float, bool, type(None)}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -121,8 +122,7 @@ class Tracer(fx.Tracer):
             stack.enter_context(noticed_contexts(self))
             stack.enter_context(noticed_draws(self))
             stack.enter_context(recorded_checkpoints(self))
-            if call is not None:
-                stack.enter_context(known_types(self))
+            stack.enter_context(known_types(self))
             fastpath = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
             stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
@@ -230,6 +230,25 @@ class Tracer(fx.Tracer):
             self._decided[node, kind] = kind(known)
             self.create_node("call_function", check_decision, (node, self._decided[node, kind], this_line()), {})
         return self._decided[node, kind]
+
+    def is_a(self, obj: Value, classes: Any) -> bool:
+        """Does `obj` stand for an instance of `classes`?"""
+        if self.examples is not None:
+            return isinstance(self.known(obj), classes)
+        answers = {issubclass(kind, classes) for kind in self._kinds(obj.node)}
+        if len(answers) > 1:
+            raise Untraceable("it asks of which type a value is")
+        return answers.pop()
+
+    def _kinds(self, node: fx.Node) -> tuple[type, ...]:
+        """What a value may be if there is no example."""
+        if is_size(node):
+            return _SIZES
+        if node.op != "call_module":
+            return (torch.Tensor,)
+        module = self.root.get_submodule(str(node.target))
+        plain = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+        return (torch.Tensor,) if plain else (torch.Tensor, tuple, dict)
 
     def hashed(self, obj: Value, as_argument: bool) -> int:
         """Tensors are looked up in a set or a dictionary as the objects that they are, all else by value.
