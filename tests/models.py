@@ -589,6 +589,22 @@ class PaddingMask(MaskedAttention):
         return x + drop(self.attend(x, mask))
 
 
+class TokensAsGiven(MaskedAttention):
+    """The token numbers come as any type of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids.view(ids.shape).long())
+        return x + self.attend(x, x.new_zeros(()))
+
+    def dropped(self, drop: Drop, ids: Tensor) -> Tensor:
+        x = self.embedding(ids.long())
+        return x + drop(self.attend(x, x.new_zeros(())))
+
+
 def token_numbers(batch: int) -> tuple[Tensor, ...]:
     return (torch.randint(0, 7, (batch, 5)),)
 
@@ -1592,6 +1608,7 @@ CASES = (
     Case(TwoStreams, two_rows, (), (NO_SHORTCUT,)),
     Case(MaskedAttention, masked_tokens, (IDENTITY,), (NO_SHORTCUT,)),
     Case(PaddingMask, token_numbers, (IDENTITY,), (CONSTANT,)),
+    Case(TokensAsGiven, token_numbers, (IDENTITY,), (CONSTANT,)),
     Case(
         MaskedCrossAttention,
         lambda batch: (*tokens(batch), *masked_tokens(batch)),

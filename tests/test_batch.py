@@ -95,6 +95,20 @@ def test_a_branch_whose_samples_depend_on_each_other_runs_on_all(name: str):
     check_rows(Planted(trap), tokens)
 
 
+def test_a_view_of_a_parameter_may_enter_a_module():
+    class ClassToken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.norm, self.f = nn.Parameter(torch.rand(1, WIDTH)), nn.LayerNorm(WIDTH), mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            token = self.token.reshape(1, WIDTH).unsqueeze(0).expand(x.shape[0], -1, -1)
+            return x + self.f(x + self.norm(token))
+
+    assert reasons(ClassToken(), tokens(2)) == [""]
+    check_rows(ClassToken(), tokens)
+
+
 def test_a_literal_batch_in_a_reshape_is_a_reason():
     found = reasons(Planted(lambda x: x.reshape(2, -1).reshape(2, TOKENS, WIDTH)), tokens(2))
     assert all("does not run with" in reason for reason in found)

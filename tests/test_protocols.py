@@ -36,17 +36,18 @@ class Asks(nn.Module):
         self.ask, self.branch = ask, mlp()
         self.weight = nn.Parameter(torch.rand(WIDTH))
         self.register_buffer("state", torch.zeros(WIDTH))
+        self.attention = nn.MultiheadAttention(WIDTH, 2)
         self.split = einops.layers.torch.Rearrange("b (h d) -> b h d", h=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ask(self, x + self.branch(x))
 
 
-def check(ask: Callable[[Any, Tensor], Tensor], batches: tuple[int, ...] = (4, 3)) -> fxsd.StochasticGraphModule:
+def check(ask: Callable[[Any, Tensor], Tensor], batches: tuple[int, ...] = (4, 3), examples: bool = True) -> fxsd.StochasticGraphModule:
     """One graph, at rate 0 the original at every batch size, in what it returns and in what it leaves in its buffers."""
     torch.manual_seed(0)
     model = Asks(ask)
-    gm = fxsd.transform(copy.deepcopy(model), 0.0, example_inputs=(torch.rand(4, WIDTH),))
+    gm = fxsd.transform(copy.deepcopy(model), 0.0, example_inputs=(torch.rand(4, WIDTH),) if examples else None)
     assert isinstance(gm, torch.fx.GraphModule)
     for batch in batches:
         x = torch.rand(batch, WIDTH)
@@ -158,6 +159,34 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_values_answer_as_what_they_stand_for(name: str):
     check(OTHERS[name])
+
+
+TYPES = {
+    "input": lambda m, x: x * 2 if isinstance(x, Tensor) and not isinstance(x, (list, tuple, int)) else x,
+    "parameter": lambda m, x: x * m.weight if torch.is_tensor(m.weight) else x,
+    "output of a torch module": lambda m, x: x * 2 if isinstance(m.branch[0](x), Tensor) else x,
+    "a module": lambda m, x: x * 2 if isinstance(x.shape, nn.Module) else x,
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_without_examples_types_are_told_where_they_are_certain(name: str):
+    check(TYPES[name], examples=False)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda m, x: x * 2 if isinstance(x.shape[0], int) else x,
+        lambda m, x: x * 2 if isinstance(m.attention(x, x, x), tuple) else x,
+        lambda m, x: x * 2 if x.ndim in {2} else x,
+        lambda m, x: x * TABLE[x.ndim],
+    ],
+    ids=["size", "output", "in a set", "in a dictionary"],
+)
+def test_without_examples_what_is_not_certain_asks_for_them(ask: Any):
+    with pytest.raises(fxsd.CaptureError, match="Pass example_inputs"):
+        check(ask, examples=False)
 
 
 def test_the_length_of_a_tensor_stays_live():

@@ -7,6 +7,7 @@ compared.
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -210,3 +211,36 @@ def test_a_diffusion_model(name: str):
     torch.manual_seed(0)
     build, inputs, sites = DIFFUSION[name]
     check(build(), inputs, sites)
+
+
+# --- models full of einops --------------------------------------------------------------------------------------------------
+
+VIT = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 32, "depth": 2, "heads": 2, "mlp_dim": 64}
+VITS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "vit": ("ViT", VIT, 4),
+    "simple_vit": ("SimpleViT", VIT, 4),
+    "deepvit": ("DeepViT", VIT, 4),
+    "cait": ("CaiT", VIT | {"cls_depth": 1}, 6),
+    "parallel_vit": ("ViT", VIT | {"num_parallel_branches": 2}, 4),
+    "vit_for_small_dataset": ("ViT", VIT, 4),
+    "rvt": ("RvT", VIT, 4),
+    "vit_with_patch_dropout": ("ViT", VIT | {"patch_dropout": 0.25}, 4),
+    "jumbo_vit": ("JumboViT", VIT | {"num_jumbo_cls": 1, "jumbo_cls_k": 2, "jumbo_ff_mult": 1}, 5),
+    "pit": ("PiT", VIT | {"depth": (1, 1)}, 4),
+    "nest": (
+        "NesT",
+        {"image_size": 32, "patch_size": 4, "dim": 16, "heads": 2, "num_hierarchies": 2, "block_repeats": (1, 2), "num_classes": 5},
+        6,
+    ),
+    "regionvit": ("RegionViT", {"dim": (16, 16, 16, 16), "depth": (1, 1, 1, 1), "window_size": 2, "num_classes": 5}, 12),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_a_transformer_written_with_einops(name: str):
+    torch.manual_seed(0)
+    cls, arguments, sites = VITS[name]
+    size = 64 if name == "regionvit" else 32
+    check(
+        getattr(importlib.import_module(f"vit_pytorch.{name}"), cls)(**arguments), lambda batch: (torch.randn(batch, 3, size, size),), sites
+    )
