@@ -58,7 +58,7 @@ _FACTORIES = {
     "zeros", "ones", "full", "empty", "arange", "range", "linspace", "logspace", "eye", "rand", "randn", "randint", "randperm", "normal",
     "tensor", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like", "new_zeros",
     "new_ones", "new_full", "new_empty", "new_tensor", "finfo", "iinfo", "meshgrid", "bernoulli", "tril_indices", "triu_indices",
-    "check_bound", "check_decision", "check_given",
+    "check_bound", "check_decision", "check_given", "set_attribute",
 }  # fmt: skip
 # Their outputs carry no gradient: masks and indices, not activations.
 _DECISIONS = {

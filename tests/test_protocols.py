@@ -462,3 +462,66 @@ def test_buffers_are_written_in_place():
         return x + m.state
 
     check(writes)
+
+
+# --- what others read from attributes ----------------------------------------------------------------------------------------
+
+
+class Maps(nn.Module):
+    """Keeps an attention map, of what its output is computed from or not."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.inside, self.f = inside, mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.map = x * 2
+        return self.f(self.map if self.inside else x)
+
+
+class Keeps(nn.Module):
+    """A block that keeps its output, and computes with what a module inside it has kept."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.maps, self.f = Maps(inside), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.maps(x)
+        self.output = x + self.f(x) * self.maps.map.mean(-1, keepdim=True)
+        return self.output
+
+
+@pytest.mark.parametrize("examples", [False, True], ids=["", "examples"])
+@pytest.mark.parametrize("inside", [False, True], ids=["", "inside"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_tensors_in_attributes_are_those_of_the_last_call(inside: bool, examples: bool, compiled: bool):
+    torch.manual_seed(0)
+    model = nn.Sequential(Keeps(inside), Keeps(inside))
+    gm = fxsd.transform(copy.deepcopy(model), 0.0, example_inputs=(torch.rand(4, WIDTH),) if examples else None)
+    run = torch.compile(gm, fullgraph=True, backend="aot_eager") if compiled else gm
+    for batch in (3, 2):
+        x = torch.rand(batch, WIDTH)
+        torch.testing.assert_close(run(x), model(x))
+        for ours, theirs in zip(gm.children(), model, strict=True):
+            torch.testing.assert_close(ours.output, theirs.output)
+            torch.testing.assert_close(ours.maps.map, theirs.maps.map)
+        ours.output.sum().backward()
+    assert not hasattr(copy.deepcopy(fxsd.transform(nn.Sequential(Keeps(inside))))[0], "output")
+
+
+class Attends(nn.Module):
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.maps = Maps(inside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.maps(x)
+
+
+@pytest.mark.parametrize(("inside", "reason"), [(False, ""), (True, "mul in the branch is also used outside of it, by set_attribute")])
+def test_a_branch_of_which_others_read_a_value_runs_on_all_rows(inside: bool, reason: str):
+    (site,) = fxsd.analyze(
+        nn.Sequential(Attends(inside)), 0.5, drop_distribution="uniform", compute="skip", example_inputs=(torch.rand(4, WIDTH),)
+    ).sites
+    assert site.reason == reason

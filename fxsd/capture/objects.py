@@ -1,4 +1,7 @@
-"""Objects that a forward makes and returns, such as a key-value cache: made again each time the graph runs, from what they hold."""
+"""Objects that a forward makes and returns, such as a key-value cache: made again each time the graph runs, from what they hold.
+
+So are attributes of modules that it sets.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.fx.node import has_side_effect
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,12 @@ class Constant:
 
     def __call__(self) -> Any:
         return self.value
+
+
+@has_side_effect
+def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+    """Sets what the forward of `module` sets, for others to read: an attention map, a loss of its own."""
+    setattr(module, name, value)
 
 
 def is_made_of_attributes(value: Any) -> bool:

@@ -22,7 +22,7 @@ from fxsd.capture.examples import Examples
 from fxsd.capture.guards import check_bound, check_decision, check_given
 from fxsd.capture.leftovers import take_out
 from fxsd.capture.modes import Flag, live_training
-from fxsd.capture.objects import Constant, MakeObject, is_made_of_attributes
+from fxsd.capture.objects import Constant, MakeObject, is_made_of_attributes, set_attribute
 from fxsd.capture.patches import (
     KeepsState,
     Untraceable,
@@ -33,7 +33,7 @@ from fxsd.capture.patches import (
     recorded_checkpoints,
     recorded_factories,
 )
-from fxsd.capture.proxies import Value, Weight, itself, known_types
+from fxsd.capture.proxies import Attribute, Value, Weight, itself, known_types
 from fxsd.capture.signature import bind
 from fxsd.capture.snapshot import Snapshot
 from fxsd.capture.source import failing_line, this_line
@@ -175,10 +175,21 @@ class Tracer(fx.Tracer):
 
         def run(*values):  # type: ignore[no-untyped-def]  # its annotations would show in the generated code
             result = target(*values, **kwargs)
+            self._set_attributes()
             self._returning = True
             return result
 
         return run, args
+
+    def _set_attributes(self) -> None:
+        """Records that modules hold the tensors that their forwards have put in their attributes. The root is no value of a graph."""
+        for module, path in (self.submodule_paths or {}).items():
+            values = [(name, value) for name, value in module.__dict__.items() if type(value) in (Value, Attribute)]
+            tensors = [(name, value) for name, value in values if not is_size(value.node)]
+            if path and tensors:
+                owner = self.create_proxy("get_attr", path, (), {})
+                for name, value in tensors:
+                    self.create_proxy("call_function", set_attribute, (owner, name, value), {})
 
     @staticmethod
     def _recordable(value: Any) -> bool:
