@@ -304,6 +304,36 @@ def test_no_value_of_a_trace_is_left_in_a_cache(name: str):
     check(CACHES[name])  # with the cache filled by the original
 
 
+@functools.lru_cache
+def grid(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.arange(size).to(dtype)
+
+
+class Grid(nn.Module):
+    """Cannot be traced, and has its result, or what it is computed from, from a cached function."""
+
+    def __init__(self, factor: int | None) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            found = grid(x.shape[-1], x.dtype)
+        return found if self.factor is None else found * self.factor
+
+
+@pytest.mark.parametrize("compute", ["mask", "skip"])
+@pytest.mark.parametrize("factor", [None, 2])
+def test_no_tensor_without_data_is_left_in_a_cache(factor: int | None, compute: str):
+    grid.cache_clear()
+    model = Asks(lambda m, x: x + m.branch(x + m.grid(x)) if m.grid(x).shape[0] > 4 else x)
+    model.grid = Grid(factor)
+    gm = fxsd.transform(copy.deepcopy(model), 0.1, scaling="train", compute=compute, example_inputs=(torch.rand(4, WIDTH),))
+    x = torch.rand(4, WIDTH)
+    assert type(model(x)) is Tensor
+    torch.testing.assert_close(gm.eval()(x), model(x), rtol=0, atol=0)
+
+
 def test_values_are_freed_when_a_trace_is_over():
     made: list[weakref.ref[Any]] = []
     before = Value.__init__

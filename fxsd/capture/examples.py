@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxsd.capture.calls import without_values
+from fxsd.capture.leftovers import take_out
 from fxsd.capture.modes import in_mode
 
 
@@ -77,11 +82,13 @@ class Examples:
     def _call(self, path: str, args: Any, kwargs: Any) -> Any:
         module = self._root.get_submodule(path)
         state = {name: self._fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
+        run = partial(torch.func.functional_call, module, state, args, kwargs)
+        run = run if type(module).__module__.startswith("torch.") else partial(_leaving_nothing, run)
         try:
-            return torch.func.functional_call(module, state, args, kwargs)
+            return run()
         except Exception:
             with in_mode(module, False):  # what a module only looks at in training, NaNs for example, has no say in shapes
-                return torch.func.functional_call(module, state, args, kwargs)
+                return run()
 
     def attribute(self, name: str) -> Any:
         """What a `get_attr` node stands for."""
@@ -98,4 +105,30 @@ class Examples:
             # Views of what asks for a gradient, made while there are none, stop the module tracker of the flop counter.
             return fake if torch.is_grad_enabled() else fake.detach()
 
-        return torch.utils._pytree.tree_map_only(torch.Tensor, fake, value)
+        return tree_map_only(torch.Tensor, fake, value)
+
+
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tensors: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.tensors += [weakref.ref(leaf) for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        return result
+
+
+def _leaving_nothing(run: Callable[[], Any]) -> Any:
+    """Runs code of a model; of the tensors without data that it makes none stays in a cache outside of the model."""
+    with _Made() as made:
+        result = run()
+    # What it returns may be in a cache too.
+    result = tree_map_only(torch.Tensor, lambda tensor: tensor if tensor.requires_grad else tensor.detach(), result)
+    returned = {id(leaf) for leaf in tree_leaves(result)}
+    kept = [tensor for tensor in (ref() for ref in made.tensors) if tensor is not None and id(tensor) not in returned]
+    if kept:
+        take_out(kept)
+    return result
