@@ -134,20 +134,23 @@ class Batch:
         values: dict[fx.Node, Any] = {}
         counter = FlopCounterMode(display=False)
         first = size == SIZES[0]
-        with counter if first else nullcontext():
-            for node in graph.nodes:
-                if node.op == "output":
-                    break
-                for arg in node.all_input_nodes:
-                    if isinstance(values[arg], Tensor):
-                        self.versions[node, arg] = values[arg]._version
-                before = counter.get_total_flops()
-                try:
-                    values[node] = examples.value(node)
-                except Exception as error:
-                    raise Illegal(f"the model does not run with {size} samples: {node.name} fails ({told(error)})") from error
-                if first:
-                    self.flops[node] = counter.get_total_flops() - before
+        try:
+            with counter if first else nullcontext():
+                for node in graph.nodes:
+                    if node.op == "output":
+                        break
+                    for arg in node.all_input_nodes:
+                        if isinstance(values[arg], Tensor):
+                            self.versions[node, arg] = values[arg]._version
+                    before = counter.get_total_flops()
+                    try:
+                        values[node] = examples.value(node)
+                    except Exception as error:
+                        raise Illegal(f"the model does not run with {size} samples: {node.name} fails ({told(error)})") from error
+                    if first:
+                        self.flops[node] = counter.get_total_flops() - before
+        finally:
+            examples.close()
         return values
 
     def region(self, residual: Residual, subset_batch_norm: bool = False, all_or_none: bool = False) -> Region:

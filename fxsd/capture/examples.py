@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +52,7 @@ class Examples:
         self._root, self._inputs, self._constants, self._training, self._aside = root, inputs, constants, training, aside
         self._mode = fakes
         self._values: dict[fx.Node, Any] = {}
+        self._made: list[weakref.ref[torch.Tensor]] = []
 
     def value(self, node: fx.Node) -> Any:
         """The value of `node`; raises whatever computing it raises."""
@@ -69,6 +69,14 @@ class Examples:
                     self._values[current] = self._compute(current)
         return self._values[node]
 
+    def close(self) -> None:
+        """There are no more questions: what modules that ran have kept of these values, in caches outside of the model, is taken out."""
+        self._values.clear()
+        kept = [tensor for tensor in (made() for made in self._made) if tensor is not None]
+        self._made.clear()
+        if kept:
+            take_out(kept)
+
     def forget(self, node: fx.Node) -> None:
         self._values.pop(node, None)
 
@@ -82,13 +90,19 @@ class Examples:
     def _call(self, path: str, args: Any, kwargs: Any) -> Any:
         module = self._root.get_submodule(path)
         state = {name: self._fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
-        run = partial(torch.func.functional_call, module, state, args, kwargs)
-        run = run if type(module).__module__.startswith("torch.") else partial(_leaving_nothing, run)
         try:
-            return run()
+            return self._run(module, state, args, kwargs)
         except Exception:
             with in_mode(module, False):  # what a module only looks at in training, NaNs for example, has no say in shapes
-                return run()
+                return self._run(module, state, args, kwargs)
+
+    def _run(self, module: nn.Module, state: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        if type(module).__module__.startswith("torch."):
+            return torch.func.functional_call(module, state, args, kwargs)
+        with _Noted(self._made):
+            result = torch.func.functional_call(module, state, args, kwargs)
+        # Others, lest what it returns be in a cache too.
+        return tree_map_only(torch.Tensor, lambda tensor: tensor if tensor.requires_grad else tensor.detach(), result)
 
     def attribute(self, name: str) -> Any:
         """What a `get_attr` node stands for."""
@@ -108,27 +122,14 @@ class Examples:
         return tree_map_only(torch.Tensor, fake, value)
 
 
-class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the tensors that are made."""
+class _Noted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds the tensors that are made to a list."""
 
-    def __init__(self) -> None:
+    def __init__(self, made: list[weakref.ref[torch.Tensor]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tensors: list[weakref.ref[torch.Tensor]] = []
+        self._made = made
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        self.tensors += [weakref.ref(leaf) for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self._made += [weakref.ref(leaf) for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         return result
-
-
-def _leaving_nothing(run: Callable[[], Any]) -> Any:
-    """Runs code of a model; of the tensors without data that it makes none stays in a cache outside of the model."""
-    with _Made() as made:
-        result = run()
-    # What it returns may be in a cache too.
-    result = tree_map_only(torch.Tensor, lambda tensor: tensor if tensor.requires_grad else tensor.detach(), result)
-    returned = {id(leaf) for leaf in tree_leaves(result)}
-    kept = [tensor for tensor in (ref() for ref in made.tensors) if tensor is not None and id(tensor) not in returned]
-    if kept:
-        take_out(kept)
-    return result

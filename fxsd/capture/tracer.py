@@ -208,6 +208,8 @@ class Tracer(fx.Tracer):
         self.is_open = False
         self._attributes.clear()
         self.journal.clear()
+        if self.examples is not None:
+            self.examples.close()
         kept = [value for value in (made() for made in self._values) if value is not None]
         self._values.clear()
         if kept:
