@@ -36,6 +36,7 @@ class Asks(nn.Module):
         self.ask, self.branch = ask, mlp()
         self.weight = nn.Parameter(torch.rand(WIDTH))
         self.register_buffer("state", torch.zeros(WIDTH))
+        self.constant = torch.arange(WIDTH)
         self.attention = nn.MultiheadAttention(WIDTH, 2)
         self.split = einops.layers.torch.Rearrange("b (h d) -> b h d", h=2)
 
@@ -187,6 +188,27 @@ def test_without_examples_types_are_told_where_they_are_certain(name: str):
 def test_without_examples_what_is_not_certain_asks_for_them(ask: Any):
     with pytest.raises(fxsd.CaptureError, match="Pass example_inputs"):
         check(ask, examples=False)
+
+
+SIZED = {
+    "reshape": lambda m, x: torch.reshape(x, (x.shape[0], -1)),
+    "reshape, list": lambda m, x: torch.reshape(x, [x.shape[0], WIDTH]),
+    "broadcast": lambda m, x: torch.broadcast_to(x[:1], (x.shape[0], WIDTH)),
+    "tile": lambda m, x: torch.tile(x[:1], (x.shape[0], 1)),
+    "unflatten": lambda m, x: torch.unflatten(x.flatten(), 0, (x.shape[0], WIDTH)),
+    "narrow": lambda m, x: torch.narrow(x, 0, 1, x.shape[0] - 1),
+    "select": lambda m, x: x + torch.select(x, 0, x.shape[0] - 1),
+    "roll": lambda m, x: torch.roll(x, x.shape[0] - 1, 0),
+    "topk": lambda m, x: torch.topk(x, x.shape[0], 0)[0],
+    "of what is no value": lambda m, x: x + torch.broadcast_to(m.constant, (x.shape[0], WIDTH)),
+    "dtypes": lambda m, x: x.to(torch.promote_types(x.dtype, m.weight.dtype)),
+    "join": lambda m, x: torch.vstack(x.chunk(x.shape[0])),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_functions_of_torch_take_live_sizes(name: str):
+    assert "check_decision" not in check(SIZED[name]).code
 
 
 def test_the_length_of_a_tensor_stays_live():

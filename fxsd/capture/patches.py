@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +24,10 @@ _FACTORIES = (
     "arange", "as_tensor", "asarray", "bernoulli", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint",
     "randn", "randperm", "tensor", "zeros",
 )  # fmt: skip
-_LIMITS = ("finfo", "iinfo")  # of a dtype, which may be that of a value of the trace
-# Of several tensors, which may be one value of the trace, such as what `chunk` gives: torch 2.7 takes no proxy for them.
-_JOINS = ("block_diag", "cat", "column_stack", "concat", "concatenate", "dstack", "hstack", "row_stack", "stack", "vstack")
+# Others are recorded if a value of the trace is among their arguments. Torch does so by itself for tensors, but it asks what a size is
+# (`torch.reshape(x, (batch, -1))`) or a dtype, and torch 2.7 takes no value for several tensors, such as what `chunk` gives.
+_FUNCTIONS = tuple(name for name, value in vars(torch).items() if isinstance(value, BuiltinFunctionType) and not name.startswith("_"))
+_OTHERS = ("block_diag", "finfo", "iinfo", *(name for name in _FUNCTIONS if name not in _FACTORIES))
 _CONTEXTS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast)
 
 
@@ -41,25 +43,29 @@ class KeepsState(Untraceable):
 
 
 @contextmanager
-def recorded_factories(tracer: Tracer) -> Iterator[None]:
-    """Factories of tensors are recorded even where no argument is a value of the trace, others also where torch asks for more than that."""
-    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_LIMITS, *_JOINS)}
+def recorded_functions(tracer: Tracer) -> Iterator[None]:
+    """Factories of tensors are recorded even where no argument is a value of the trace, other functions of torch where one is."""
+    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_OTHERS)}
 
-    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(function: Callable[..., Any], always: bool) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
-            if tracer.set_aside or (name not in _FACTORIES and not any(isinstance(arg, fx.Proxy) for arg in (*args, *kwargs.values()))):
+            if tracer.set_aside or not (always or any(map(_has_value, (*args, *kwargs.values())))):
                 return function(*args, **kwargs)
             return tracer.create_proxy("call_function", function, args, kwargs)
 
         return record
 
     for name, function in originals.items():
-        setattr(torch, name, recorded(name, function))
+        setattr(torch, name, recorded(function, name in _FACTORIES))
     try:
         yield
     finally:
         for name, function in originals.items():
             setattr(torch, name, function)
+
+
+def _has_value(argument: Any) -> bool:
+    return isinstance(argument, fx.Proxy) or (type(argument) in (tuple, list) and any(map(_has_value, argument)))
 
 
 @dataclass(frozen=True)

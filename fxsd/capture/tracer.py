@@ -31,7 +31,7 @@ from fxsd.capture.patches import (
     random_states,
     recorded_autograd_functions,
     recorded_checkpoints,
-    recorded_factories,
+    recorded_functions,
 )
 from fxsd.capture.proxies import Attribute, Value, Weight, itself, known_types
 from fxsd.capture.signature import bind
@@ -116,7 +116,7 @@ class Tracer(fx.Tracer):
         with ExitStack() as stack:
             self._read_flag: Callable[[nn.Module], Any] = lambda module: module.__dict__["training"]
             stack.enter_context(live_training(lambda module: self._read_flag(module)))
-            stack.enter_context(recorded_factories(self))
+            stack.enter_context(recorded_functions(self))
             stack.enter_context(recorded_autograd_functions(self))
             stack.enter_context(torch.enable_grad())  # Python that asks shall not take this for a run that trains nothing
             stack.enter_context(noticed_contexts(self))
