@@ -6,7 +6,7 @@ on a few rows of random numbers, alone (`fxsd.probe`), which shows whether its r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -166,26 +166,37 @@ class Batch:
         """
         nodes = self._between(residual)
         self._check_rows(residual)
+        checkpointed = any(MARK in node.meta for node in (residual.add, *nodes))
+        if not (all_or_none or checkpointed):
+            nodes = self._for_itself(residual, nodes)
         inside = set(nodes)
         outside = list(dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside))
         entries, counts = self._entries(residual, outside)
-        if residual.fork not in entries:
+        if not entries or (all_or_none and residual.fork not in entries):
             raise Illegal(f"{residual.fork.name}, which its branch comes from, has not the batch in dim 0 as the branch has")
         entries.sort(key=lambda entry: entry is not residual.fork)  # it tells the batch: a mask may have one row for all
         self._check_users(residual, inside)
         self._check_writes(residual, nodes, entries)
         generator = torch.Generator().manual_seed(0)
-        given = {node: self._real(node, ROWS if node in entries else None, generator) for node in outside}
-        probe = Probe(self.module, residual, nodes, given, set(entries), counts)
+        whole = any(not self.values[0][entry].dtype.is_floating_point for entry in entries)
+        for places in (True, False) if whole else (False,):
+            given = {node: self._real(node, ROWS if node in entries else None, generator, places) for node in outside}
+            probe = Probe(self.module, residual, nodes, given, set(entries), counts)
+            if places and probe.runs():  # there may be fewer classes than rows
+                break
         least_rows = probe.on_none() if all_or_none else probe.least_rows(subset_batch_norm)
         branch = self.values[0][residual.branch]
         work = sum(self.flops[node] for node in nodes) / max(branch.numel(), 1)
         merges = is_plain_add(residual.add) and [arg is residual.branch for arg in residual.add.args].count(False) == 1
         stays = "" if merges else "its add is more than the sum of two values"
-        if any(MARK in node.meta for node in (residual.add, *nodes)):
+        if checkpointed:
             stays = "its activations are checkpointed, where torch.cond does not run"
         others = self._back(residual.shortcut, residual.fork).intersection(residual.fork.users)
-        kept = not all_or_none and any(self._keeps(node, residual.fork, generator) for node in (residual.fork, *others))
+        kept = (
+            not all_or_none
+            and residual.fork in entries
+            and any(self._keeps(node, residual.fork, generator) for node in (residual.fork, *others))
+        )
         stays = stays or probe.stays
         return Region(tuple(nodes), tuple(entries), counts, work, least_rows, merges, kept, stays, probe.strided, branch.device.type)
 
@@ -229,15 +240,21 @@ class Batch:
                     found.add(user)
                     stack.append(user)
         nodes = sorted(found, key=self.index.__getitem__)
-        shared = self._shared(residual, nodes)
+        shared = self._shared(seen, nodes)
         return [node for node in nodes if node not in shared]
 
-    def _shared(self, residual: Residual, nodes: Sequence[fx.Node]) -> set[fx.Node]:
-        """Those of `nodes` that are used outside and come from the fork by its sizes or dtype alone: masks that later blocks read."""
+    def _shared(self, behind: set[fx.Node], nodes: Sequence[fx.Node]) -> set[fx.Node]:
+        """Those of `nodes` that are used outside and come from the fork by its sizes or dtype alone: masks that later blocks read.
+
+        Args:
+            behind: all that comes from the fork, and itself.
+        """
         inside, apart = set(nodes), set[fx.Node]()
+        values = {node for node in behind - inside if not self._is_plain(node)}
         for node in nodes:
-            plain = not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(self.values[0][node]))
-            if (plain or residual.fork not in node.all_input_nodes) and apart.issuperset(inside.intersection(node.all_input_nodes)):
+            if (self._is_plain(node) or values.isdisjoint(node.all_input_nodes)) and apart.issuperset(
+                inside.intersection(node.all_input_nodes)
+            ):
                 apart.add(node)
         found = {node for node in apart if any(user not in inside for user in node.users)}
         for node in reversed(nodes):
@@ -248,7 +265,7 @@ class Batch:
                 found.add(node)
         return found
 
-    def _real(self, node: fx.Node, rows: int | None, generator: torch.Generator) -> Any:
+    def _real(self, node: fx.Node, rows: int | None, generator: torch.Generator, places: bool = False) -> Any:
         """Stands for a value that enters a branch: the model's own, or random numbers like it with so many rows."""
         if node.op == "get_attr":
             found = self.attribute(str(node.target))
@@ -256,7 +273,7 @@ class Batch:
         value = self.values[0][node]
         if not isinstance(value, Tensor):
             return torch.utils._pytree.tree_map_only(Tensor, lambda leaf: random_like(leaf, None, generator), value)
-        return random_like(value, rows, generator)
+        return random_like(value, rows, generator, places)
 
     def _back(self, end: fx.Node, start: fx.Node) -> set[fx.Node]:
         """`end` and what it comes from, as far as it lies behind `start` in the graph."""
@@ -278,6 +295,10 @@ class Batch:
                 raise Illegal(f"its branch has the shape {list(branch.shape)} and its shortcut {list(shortcut.shape)}")
         if self._rows(residual) == (0, 0):
             raise Illegal("the batch is not in dim 0 of its branch")
+
+    def _is_plain(self, node: fx.Node) -> bool:
+        """Is there no tensor in its value?"""
+        return not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(self.values[0][node]))
 
     def _rows(self, residual: Residual) -> tuple[int, int]:
         first, second = (values[residual.branch].shape[0] for values in self.values)
@@ -302,14 +323,30 @@ class Batch:
                 raise Illegal(f"{node.name}, which enters the branch, is a {type(first).__name__} that depends on the batch")
         return entries, counts
 
+    def _users_outside(self, residual: Residual, node: fx.Node, inside: Container[fx.Node]) -> list[fx.Node]:
+        """Those who use `node` outside of the branch, and would see that some rows are missing."""
+        first, second = (values[node] for values in self.values)
+        if not isinstance(first, Tensor) and _same(first, second):
+            return []
+        return [user for user in node.users if user not in inside and user is not residual.add]
+
+    def _for_itself(self, residual: Residual, nodes: list[fx.Node]) -> list[fx.Node]:
+        """Those of `nodes` that run for the branch alone, if they are most of it.
+
+        Keys and values that also go to a cache, or a norm that two branches share, run on all rows, and their rows are taken.
+        """
+        inside, others = set(nodes), set[fx.Node]()
+        for node in reversed(nodes):
+            if node in others or self._users_outside(residual, node, inside):
+                others.update((node, *inside.intersection(node.all_input_nodes)))
+        own = [node for node in nodes if node not in others]
+        most = 2 * sum(self.flops[node] for node in own) >= sum(self.flops[node] for node in nodes)
+        return own if residual.branch in own and most else nodes
+
     def _check_users(self, residual: Residual, inside: set[fx.Node]) -> None:
-        for node in inside:
-            for user in node.users:
-                if user in inside or user is residual.add:
-                    continue
-                first, second = (values[node] for values in self.values)
-                if isinstance(first, Tensor) or not _same(first, second):
-                    raise Illegal(f"{node.name} in the branch is also used outside of it, by {user.name}")
+        for node in sorted(inside, key=self.index.__getitem__):
+            for user in self._users_outside(residual, node, inside):
+                raise Illegal(f"{node.name} in the branch is also used outside of it, by {user.name}")
 
     def _check_writes(self, residual: Residual, nodes: list[fx.Node], entries: list[fx.Node]) -> None:
         """Rows are taken once, before the first node; nobody may write into the whole between that and the last use."""

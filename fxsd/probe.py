@@ -70,6 +70,11 @@ class Probe:
             raise Illegal("its branch does not run on one sample or two")
         return rows
 
+    def runs(self) -> bool:
+        """Does the branch run on what it was given?"""
+        with torch.no_grad(), in_mode(self.module, True):
+            return self._runs(ROWS)
+
     def on_none(self) -> int:
         """Zero, which is how many rows the branch needs.
 
@@ -203,12 +208,19 @@ def awake(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def random_like(like: Tensor, rows: int | None, generator: torch.Generator) -> Tensor:
-    """Numbers like those of `like`, in its memory format; of a mask, that nothing is masked; of whole numbers, 0."""
+def random_like(like: Tensor, rows: int | None, generator: torch.Generator, places: bool = False) -> Tensor:
+    """Numbers like those of `like`, in its memory format; of a mask, that nothing is masked; of whole numbers, 0.
+
+    Args:
+        rows: how many, if not as many as in `like`.
+        places: whole numbers are those of their rows: they may be places in the batch.
+    """
     made, _ = empty_in_format(like, like.shape if rows is None else (rows, *like.shape[1:]))
     if made.dtype.is_floating_point or made.dtype.is_complex:
         drawn = torch.complex64 if made.dtype.is_complex else torch.float32
         return made.copy_(torch.randn(made.shape, generator=generator, dtype=drawn, device="cpu"))
+    if places and rows is not None and made.dtype is not torch.bool:
+        return made.copy_(torch.arange(rows).view([-1] + [1] * (made.dim() - 1)))
     return made.fill_(made.dtype is torch.bool)
 
 

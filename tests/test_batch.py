@@ -109,6 +109,35 @@ def test_a_view_of_a_parameter_may_enter_a_module():
     check_rows(ClassToken(), tokens)
 
 
+class Indexed(nn.Module):
+    """A branch that reads places in the batch, or classes, which were computed before it."""
+
+    def __init__(self, classes: int | None) -> None:
+        super().__init__()
+        self.f, self.classes = mlp(), classes and nn.Embedding(classes, WIDTH)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        places = torch.arange(x.shape[0])
+        x = x * 2
+        if self.classes is None:
+            return x + self.f(x)[places]
+        return x + self.f(x) * self.classes(y)[:, None]
+
+
+def test_places_in_the_batch_that_come_from_outside_are_a_reason():
+    inputs = lambda batch: (*tokens(batch), torch.zeros(batch, dtype=torch.long))  # noqa: E731
+    (reason,) = reasons(Indexed(None), inputs(2))
+    assert "does not run on some of the samples" in reason
+    check_rows(Indexed(None), inputs)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7])
+def test_classes_are_none(classes: int):
+    inputs = lambda batch: (*tokens(batch), torch.randint(0, classes, (batch,)))  # noqa: E731
+    assert reasons(Indexed(classes), inputs(2)) == [""]
+    check_rows(Indexed(classes), inputs)
+
+
 def test_a_literal_batch_in_a_reshape_is_a_reason():
     found = reasons(Planted(lambda x: x.reshape(2, -1).reshape(2, TOKENS, WIDTH)), tokens(2))
     assert all("does not run with" in reason for reason in found)
@@ -185,9 +214,12 @@ def test_a_write_that_both_sides_see_or_none_is_none(write: Callable[[Tensor], A
 
 
 class UsedElsewhere(nn.Module):
-    def __init__(self, where: str) -> None:
+    """A branch whose first part others read too; with `most` of its work."""
+
+    def __init__(self, where: str, most: bool = False) -> None:
         super().__init__()
-        self.where, self.f, self.g, self.h = where, mlp(), mlp(), mlp()
+        self.where, self.g, self.h = where, mlp(), mlp()
+        self.f = nn.Sequential(mlp(), mlp()) if most else mlp()
 
     def forward(self, x: Tensor) -> Any:
         inner = self.f(x).tanh()
@@ -195,17 +227,83 @@ class UsedElsewhere(nn.Module):
         y = x + r
         if self.where == "returned":
             return y, inner
+        if self.where == "kept":
+            return y, (inner.sum(-1), x)
         if self.where == "in the next block":
             return y + self.h(y * inner)
         return y + self.h(y), r.sum()
 
 
-@pytest.mark.parametrize("where", ["returned", "in the next block", "its result"])
-def test_a_value_of_the_branch_that_is_used_elsewhere_is_a_reason(where: str):
-    first, second = (*reasons(UsedElsewhere(where), tokens(2)), "")[:2]
+@pytest.mark.parametrize(
+    ("where", "most"), [("returned", True), ("kept", True), ("in the next block", True), ("its result", False), ("its result", True)]
+)
+def test_a_value_of_the_branch_that_is_used_elsewhere_is_a_reason(where: str, most: bool):
+    first, second = (*reasons(UsedElsewhere(where, most), tokens(2)), "")[:2]
     assert "is also used outside of it" in first
     assert second == ""
-    check_rows(UsedElsewhere(where), tokens)
+    check_rows(UsedElsewhere(where, most), tokens)
+
+
+@pytest.mark.parametrize("where", ["returned", "kept", "in the next block"])
+def test_what_others_read_runs_on_all_rows_and_what_comes_after_on_some(where: str):
+    sites = check_rows(UsedElsewhere(where), tokens)
+    assert {site.compute for site in sites} == {"skip"}
+    gm = fxsd.transform(UsedElsewhere(where).double(), 0.5, drop_distribution="uniform", compute="skip", example_inputs=tokens(4))
+    seen = {}
+    gm.f[0].register_forward_hook(lambda m, args, out: seen.update(f=len(out)))
+    gm.g[0].register_forward_hook(lambda m, args, out: seen.update(g=len(out)))
+    gm(*tokens(4))
+    assert seen == {"f": 4, "g": 2}
+
+
+class SharedNorm(nn.Module):
+    """Two branches of one norm, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.f, self.g = nn.LayerNorm(WIDTH), mlp(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        return x + self.f(normed) + self.g(normed)
+
+
+class Cached(nn.Module):
+    """Attention whose keys and values are returned too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.q, self.k, self.v, self.out = nn.LayerNorm(WIDTH), *(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        h = self.norm(x)
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v)), {"k": k, "v": v}
+
+
+@pytest.mark.parametrize("kind", [SharedNorm, Cached])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_shared_norm_and_a_cache_are_no_obstacle(kind: type[nn.Module], again: bool):
+    assert {site.compute for site in check_rows(kind(), tokens)} == {"skip"}
+    torch.manual_seed(0)
+    gm = fxsd.transform(kind().double(), 0.5, drop_distribution="uniform", scaling="train", compute="skip", example_inputs=tokens(4))
+    gm = fxsd.transform(gm, 0.4, drop_distribution="uniform", scaling="train", compute="skip", example_inputs=tokens(4)) if again else gm
+    compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
+    for run in (gm, compiled):
+        (x,) = tokens(4)
+        torch.utils._pytree.tree_leaves(run(x))[0].square().sum().backward()
+    plain = copy.deepcopy(gm).eval()
+    torch.testing.assert_close(compiled.eval()(x), plain(x), rtol=0, atol=0)
+    assert len(fxsd.sites(gm)) == (2 if kind is SharedNorm else 1)
+
+
+def test_a_value_that_others_read_may_not_be_written_into_on_some_rows():
+    class Writes(UsedElsewhere):
+        def forward(self, x: Tensor) -> Any:
+            inner = self.f(x)
+            return x + self.g(inner.relu_()), inner.sum(-1)
+
+    check_rows(Writes("returned"), tokens)
 
 
 def test_an_input_that_is_written_into_before_the_branch_reads_it_is_a_reason():
