@@ -6,9 +6,10 @@ on a few rows of random numbers, alone (`fxsd.probe`), which shows whether its r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -79,12 +80,14 @@ def find_regions(
         batch = Batch(part.module, part.graph, part.call, part.constants)
     except Illegal as error:
         return [str(error)] * len(residuals)
-    adds = {residual.add for residual in residuals}
+    adds = Counter(residual.add for residual in residuals)
     found: list[Region | str] = []
     for residual in residuals:
         try:
             region = batch.region(residual, subset_batch_norm, all_or_none)
-            inner = adds.intersection(region.nodes)
+            inner = adds.keys() & set(region.nodes)
+            if adds[residual.add] > 1:  # a sum of two branches
+                region = replace(region, merges=False, stays="its add is the sum of two branches")
             found.append(f"its branch holds another site, {next(iter(inner)).name}" if inner else region)
         except Illegal as error:
             found.append(str(error))
@@ -174,7 +177,14 @@ class Batch:
         entries, counts = self._entries(residual, outside)
         if not entries or (all_or_none and residual.fork not in entries):
             raise Illegal(f"{residual.fork.name}, which its branch comes from, has not the batch in dim 0 as the branch has")
-        entries.sort(key=lambda entry: entry is not residual.fork)  # it tells the batch: a mask may have one row for all
+        # The first tells the batch, and how many rows there are: what comes from the fork, for a mask may have one row for all.
+        data = self._data_of(residual.fork)
+        entries.sort(key=lambda entry: (entry not in data, self.index[entry]))
+        if entries[0] not in data:
+            raise Illegal(f"nothing that enters its branch comes from {residual.fork.name}")
+        early = next((node for node in nodes if not counts.keys().isdisjoint(node.all_input_nodes)), nodes[-1])
+        if self.index[early] < self.index[entries[0]]:
+            raise Illegal(f"{early.name} in the branch has to know how many rows there are before {entries[0].name} tells it")
         self._check_users(residual, inside)
         self._check_writes(residual, nodes, entries)
         generator = torch.Generator().manual_seed(0)
@@ -240,8 +250,11 @@ class Batch:
                     found.add(user)
                     stack.append(user)
         nodes = sorted(found, key=self.index.__getitem__)
-        shared = self._shared(seen, nodes)
-        return [node for node in nodes if node not in shared]
+        shared, kept = self._shared(seen, nodes), {residual.fork}
+        for node in nodes:  # without those that only told sizes of what is shared now
+            if node not in shared and not (self._is_plain(node) and kept.isdisjoint(node.all_input_nodes)):
+                kept.add(node)
+        return [node for node in nodes if node in kept]
 
     def _shared(self, behind: set[fx.Node], nodes: Sequence[fx.Node]) -> set[fx.Node]:
         """Those of `nodes` that are used outside and come from the fork by its sizes or dtype alone: masks that later blocks read.
@@ -295,6 +308,14 @@ class Batch:
                 raise Illegal(f"its branch has the shape {list(branch.shape)} and its shortcut {list(shortcut.shape)}")
         if self._rows(residual) == (0, 0):
             raise Illegal("the batch is not in dim 0 of its branch")
+
+    def _data_of(self, start: fx.Node) -> set[fx.Node]:
+        """`start` and what is computed from it, but for its sizes alone."""
+        found = {start}
+        for node in start.graph.nodes:
+            if node.op != "output" and not found.isdisjoint(node.all_input_nodes) and not self._is_plain(node):
+                found.add(node)
+        return found
 
     def _is_plain(self, node: fx.Node) -> bool:
         """Is there no tensor in its value?"""

@@ -184,7 +184,8 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
         rows = graph.call_module(target, (retired.get(region.entries[0], region.entries[0]),))
     taken: list[fx.Node] = []
     for entry in dict.fromkeys(retired.get(entry, entry) for entry in region.entries):
-        with graph.inserting_before(next(node for node in nodes if entry in node.all_input_nodes)):  # it may be computed after `rows`
+        needs = {entry} if taken else {entry, *region.counts}
+        with graph.inserting_before(next(node for node in nodes if not needs.isdisjoint(node.all_input_nodes))):  # after `rows`, perhaps
             args = (entry, rows, True) if region.kept and not taken else (entry, rows)
             if region.merges and entry is sides[0]:
                 both = graph.call_function(fork, args)

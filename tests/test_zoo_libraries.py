@@ -18,6 +18,7 @@ import segmentation_models_pytorch as smp
 import torch
 import torchvision
 import transformers
+from draws import at_random, forced, results
 from torch import Tensor, nn
 
 import fxsd
@@ -165,6 +166,29 @@ MODELS = [
 def test_a_transformer_has_two_sites_a_layer(model: str, config: str, arguments: dict[str, Any], inputs: Any, sites: int):
     torch.manual_seed(0)
     check(getattr(transformers, model)(getattr(transformers, config)(**arguments)), inputs, sites)
+
+
+@pytest.mark.parametrize("name", ["LlamaModel", "PhiModel", "GPT2Model", "BertModel", "ViTModel", "Dinov2Model"])
+def test_every_site_of_a_transformer_without_a_cache_skips(name: str):
+    torch.manual_seed(0)
+    model, config, arguments, inputs, count = next(row for row in MODELS if row[0] == name)
+    quiet = dict.fromkeys(("attention_probs_dropout_prob", "hidden_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    original = getattr(transformers, model)(getattr(transformers, config)(**arguments | quiet))
+
+    def given(batch: int) -> dict[str, Any]:
+        return inputs(batch) | ({} if "pixel_values" in inputs(batch) or name == "BertModel" else {"use_cache": False})
+
+    made = {
+        compute: fxsd.transform(original, 0.5, drop_distribution="uniform", compute=compute, example_inputs=given(2))
+        for compute in ("skip", "mask")
+    }
+    assert [site.compute for site in fxsd.sites(made["skip"])] == ["skip"] * count
+    for batch in (2, 5):
+        call = given(batch)
+        with forced(at_random(batch)):
+            skipped, masked = (results(made[compute].train(), call) for compute in ("skip", "mask"))
+        for a, b in zip(skipped, masked, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 # --- segmentation and diffusion ---------------------------------------------------------------------------------------------
