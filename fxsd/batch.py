@@ -182,9 +182,8 @@ class Batch:
         entries.sort(key=lambda entry: (entry not in data, self.index[entry]))
         if entries[0] not in data:
             raise Illegal(f"nothing that enters its branch comes from {residual.fork.name}")
-        early = next((node for node in nodes if not counts.keys().isdisjoint(node.all_input_nodes)), nodes[-1])
-        if self.index[early] < self.index[entries[0]]:
-            raise Illegal(f"{early.name} in the branch has to know how many rows there are before {entries[0].name} tells it")
+        if self.index[nodes[0]] < self.index[entries[0]]:
+            raise Illegal(f"{nodes[0].name} in the branch comes before {entries[0].name}, which tells how many rows there are")
         self._check_users(residual, inside)
         self._check_writes(residual, nodes, entries)
         generator = torch.Generator().manual_seed(0)

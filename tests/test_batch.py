@@ -305,6 +305,23 @@ def test_a_shared_norm_and_a_cache_are_no_obstacle(kind: type[nn.Module], again:
     assert len(fxsd.sites(gm)) == (1 if kind is Cached else 2)
 
 
+def test_what_comes_before_the_batch_is_known_is_a_reason():
+    class MaskFirst(TwoBranches):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            length = x.shape[1]
+            bias = mask[:, :, None].expand(-1, length, WIDTH)
+            normed = self.norm(x)
+            return x + self.f(normed) * bias + self.g(normed) * length
+
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        return (*tokens(batch), torch.rand(batch, 1, dtype=torch.float64))
+
+    first, second = reasons(MaskFirst(), inputs(2))
+    assert "comes before norm, which tells how many rows there are" in first
+    assert second == ""
+    check_rows(MaskFirst(), inputs)
+
+
 def test_a_value_that_others_read_may_not_be_written_into_on_some_rows():
     class Writes(UsedElsewhere):
         def forward(self, x: Tensor) -> Any:
