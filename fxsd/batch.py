@@ -1,4 +1,4 @@
-"""Which branches may run on some rows of the batch: F(x)[rows] == F(x[rows]) in training, and nobody else looks at what F computes.
+"""Which branches may run on some rows of the batch, or what part of them: F(x)[rows] == F(x[rows]) in training, read by nobody else.
 
 Pure analysis. The graph is followed on tensors without data at two batch sizes, which shows where the batch is; then each branch is run
 on a few rows of random numbers, alone (`fxsd.probe`), which shows whether its rows depend on each other. The model is left as it is.
@@ -43,8 +43,8 @@ class Region:
     """A branch that may run on some rows.
 
     Attributes:
-        nodes: those of the branch that come from the fork, in graph order; they run on the kept rows.
-        entries: tensors from outside, of which the kept rows are taken; the fork is the first.
+        nodes: those of the branch that come from the fork and that nobody else reads, in graph order; they run on the kept rows.
+        entries: tensors from outside, of which the kept rows are taken; the first is the fork, or comes from it.
         counts: whole numbers from outside that are so many times the number of rows.
         work: FLOPs of the branch for each value that it adds.
         least_rows: how many rows it needs: 0, 1, or 2 for batch statistics.
