@@ -110,8 +110,8 @@ def _noted_calls(note: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], No
         note(self, args, kwargs)
         return original(self, *args, **kwargs)
 
-    nn.Module.__call__ = noted  # type: ignore[method-assign]
     try:
+        nn.Module.__call__ = noted  # type: ignore[method-assign]
         yield
     finally:
         nn.Module.__call__ = original  # type: ignore[method-assign]

@@ -51,8 +51,9 @@ def live_training(read: Callable[[nn.Module], Any]) -> Iterator[None]:
     def write(module: nn.Module, value: bool) -> None:
         module.__dict__["training"] = value
 
-    nn.Module.training = property(read, write)  # type: ignore[assignment]
     try:
+        nn.Module.training = property(read, write)  # type: ignore[assignment]
         yield
     finally:
-        del nn.Module.training  # an annotation only: the class has no such attribute of its own
+        if "training" in vars(nn.Module):
+            del nn.Module.training  # an annotation only: the class has no such attribute of its own

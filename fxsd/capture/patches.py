@@ -55,9 +55,9 @@ def recorded_functions(tracer: Tracer) -> Iterator[None]:
 
         return record
 
-    for name, function in originals.items():
-        setattr(torch, name, recorded(function, name in _FACTORIES))
-    try:
+    try:  # an interruption may come at any time
+        for name, function in originals.items():
+            setattr(torch, name, recorded(function, name in _FACTORIES))
         yield
     finally:
         for name, function in originals.items():
@@ -94,8 +94,8 @@ def recorded_autograd_functions(tracer: Tracer) -> Iterator[None]:
             return original.__get__(None, cls)(*args, **kwargs)
         return tracer.create_proxy("call_function", Apply(cls), args, kwargs)
 
-    torch.autograd.Function.apply = classmethod(apply)
     try:
+        torch.autograd.Function.apply = classmethod(apply)
         yield
     finally:
         torch.autograd.Function.apply = original
@@ -114,9 +114,9 @@ def noticed_contexts(tracer: Tracer) -> Iterator[None]:
 
         return refuse
 
-    for cls, enter in originals.items():
-        cls.__enter__ = noticed(enter)
     try:
+        for cls, enter in originals.items():
+            cls.__enter__ = noticed(enter)
         yield
     finally:
         for cls, enter in originals.items():
@@ -131,8 +131,8 @@ def noticed_draws(tracer: Tracer) -> Iterator[None]:
             for name in dir(module):
                 draw = getattr(module, name)
                 if type(getattr(draw, "__self__", None)).__name__ in ("Random", "RandomState") and "state" not in name:
-                    setattr(module, name, _refusing(tracer, draw, f"it draws a number with {module.__name__}.{name}"))
                     stack.callback(setattr, module, name, draw)
+                    setattr(module, name, _refusing(tracer, draw, f"it draws a number with {module.__name__}.{name}"))
         yield
 
 
@@ -156,8 +156,8 @@ def recorded_checkpoints(tracer: Tracer) -> Iterator[None]:
         with tracer.checkpointed({"use_reentrant": False, **options}):
             yield
 
-    setattr(checkpoint, name, record)
     try:
+        setattr(checkpoint, name, record)
         yield
     finally:
         setattr(checkpoint, name, run)

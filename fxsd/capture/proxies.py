@@ -220,8 +220,8 @@ def known_types(tracer: Tracer) -> Iterator[None]:
         # That of a tensor may be the batch; how many dims or parts there are shapes the graph.
         return thing.size(0) if type(thing) in kinds and tracer.examples and is_instance(tracer.known(thing), Tensor) else length(thing)
 
-    builtins.isinstance, builtins.callable, builtins.len = asked, asked_to_call, live_length  # type: ignore[assignment]
     try:
+        builtins.isinstance, builtins.callable, builtins.len = asked, asked_to_call, live_length  # type: ignore[assignment]
         yield
     finally:
         builtins.isinstance, builtins.callable, builtins.len = is_instance, is_callable, length
