@@ -178,7 +178,7 @@ class Batch:
         if not entries or (all_or_none and residual.fork not in entries):
             raise Illegal(f"{residual.fork.name}, which its branch comes from, has not the batch in dim 0 as the branch has")
         # The first tells the batch, and how many rows there are: what comes from the fork, for a mask may have one row for all.
-        data = self._data_of(residual.fork)
+        data = {residual.fork} if residual.fork in entries else self._data_of(residual.fork)
         entries.sort(key=lambda entry: (entry not in data, self.index[entry]))
         if entries[0] not in data:
             raise Illegal(f"nothing that enters its branch comes from {residual.fork.name}")

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxsd.capture.calls import without_values
-from fxsd.capture.leftovers import take_out
+from fxsd.capture.leftovers import take_out_what_is_left
 from fxsd.capture.modes import in_mode
 
 
@@ -72,10 +72,7 @@ class Examples:
     def close(self) -> None:
         """There are no more questions: what modules that ran have kept of these values, in caches outside of the model, is taken out."""
         self._values.clear()
-        kept = [tensor for tensor in (made() for made in self._made) if tensor is not None]
-        self._made.clear()
-        if kept:
-            take_out(kept)
+        take_out_what_is_left(self._made)
 
     def forget(self, node: fx.Node) -> None:
         self._values.pop(node, None)

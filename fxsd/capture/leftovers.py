@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from types import CellType, FrameType, FunctionType
@@ -16,6 +17,14 @@ from typing import Any
 from torch import fx
 
 _CACHE = type(functools.cache(lambda: None))
+
+
+def take_out_what_is_left(made: list[weakref.ref[Any]]) -> None:
+    """Takes out those of the values that were made which are still alive, and forgets them all."""
+    kept = [value for value in (each() for each in made) if value is not None]
+    made.clear()
+    if kept:
+        take_out(kept)
 
 
 def take_out(values: Sequence[Any]) -> None:

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from fxsd.capture.calls import Call, is_plain
 from fxsd.capture.examples import Examples
 from fxsd.capture.guards import check_bound, check_decision, check_given
-from fxsd.capture.leftovers import take_out
+from fxsd.capture.leftovers import take_out_what_is_left
 from fxsd.capture.modes import Flag, live_training
 from fxsd.capture.objects import Constant, MakeObject, is_made_of_attributes, set_attribute
 from fxsd.capture.patches import (
@@ -210,10 +210,7 @@ class Tracer(fx.Tracer):
         self.journal.clear()
         if self.examples is not None:
             self.examples.close()
-        kept = [value for value in (made() for made in self._values) if value is not None]
-        self._values.clear()
-        if kept:
-            take_out(kept)
+        take_out_what_is_left(self._values)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         # The code generator of torch 2.7 takes equal targets, such as two `Constant`s, only if they are the same object.
