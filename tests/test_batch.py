@@ -121,7 +121,7 @@ class Indexed(nn.Module):
         x = x * 2
         if self.classes is None:
             return x + self.f(x)[places]
-        return x + self.f(x)[:, : self.classes].take_along_dim(y[:, None, None].expand(-1, TOKENS, WIDTH), 1)
+        return x + self.f(x)[:, : self.classes].gather(1, y[:, None, None].expand(-1, TOKENS, WIDTH))
 
 
 def test_places_in_the_batch_that_come_from_outside_are_a_reason():
