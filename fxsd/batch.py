@@ -27,6 +27,7 @@ from fxsd.checkpoints import MARK
 from fxsd.errors import told
 from fxsd.probe import ROWS, Illegal, Probe, awake, random_like
 from fxsd.residual import Residual
+from fxsd.rows import Times
 from fxsd.values import is_plain_add, written
 
 SIZES = (4, 6)  # of the batch, to see what goes with it
@@ -45,7 +46,8 @@ class Region:
     Attributes:
         nodes: those of the branch that come from the fork and that nobody else reads, in graph order; they run on the kept rows.
         entries: tensors from outside, of which the kept rows are taken; the first is the fork, or comes from it.
-        counts: whole numbers from outside that are so many times the number of rows.
+        counts: whole numbers from outside that are so many times the number of rows; of several in one value, how many times each is,
+            0 for one that does not go with the rows.
         work: FLOPs of the branch for each value that it adds.
         least_rows: how many rows it needs: 0, 1, or 2 for batch statistics.
         merges: its add is the sum of two values and no more.
@@ -57,7 +59,7 @@ class Region:
 
     nodes: tuple[fx.Node, ...]
     entries: tuple[fx.Node, ...]
-    counts: Mapping[fx.Node, int]
+    counts: Mapping[fx.Node, Times]
     work: float
     least_rows: int
     merges: bool
@@ -324,10 +326,10 @@ class Batch:
         first, second = (values[residual.branch].shape[0] for values in self.values)
         return (first, second) if first * SIZES[1] == second * SIZES[0] else (0, 0)
 
-    def _entries(self, residual: Residual, outside: Iterable[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, int]]:
+    def _entries(self, residual: Residual, outside: Iterable[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, Times]]:
         rows = self._rows(residual)
         entries: list[fx.Node] = []
-        counts: dict[fx.Node, int] = {}
+        counts: dict[fx.Node, Times] = {}
         for node in outside:
             first, second = (values[node] for values in self.values)
             if isinstance(first, Tensor):
@@ -335,12 +337,11 @@ class Batch:
                     entries.append(node)
                 elif first.shape != second.shape:
                     raise Illegal(f"{node.name}, which enters the branch, has the batch elsewhere than in dim 0: {list(first.shape)}")
-            elif isinstance(first, int) and first != second:
-                if first % rows[0] or first // rows[0] * rows[1] != second:
-                    raise Illegal(f"{node.name}, which enters the branch, is a number that depends on the batch")
-                counts[node] = first // rows[0]
             elif not _same(first, second):
-                raise Illegal(f"{node.name}, which enters the branch, is a {type(first).__name__} that depends on the batch")
+                times = _times(first, second, rows)
+                if times is None:
+                    raise Illegal(f"{node.name}, which enters the branch, depends on the batch and is of type {type(first).__name__}")
+                counts[node] = times
         return entries, counts
 
     def _users_outside(self, residual: Residual, node: fx.Node, inside: Container[fx.Node]) -> list[fx.Node]:
@@ -396,6 +397,17 @@ def _resized(call: Call, size: int, fakes: FakeTensorMode) -> Call:
 
     found: Call = torch.utils._pytree.tree_map_only(Tensor, resized, call)
     return found
+
+
+def _times(first: Any, second: Any, rows: tuple[int, int]) -> Times | None:
+    """How many times the number of rows a whole number is, or each of several; None if that is not what they are."""
+    if isinstance(first, int):
+        times = first // rows[0]
+        return times if (first, second) == (times * rows[0], times * rows[1]) else None
+    if type(first) not in (torch.Size, tuple, list) or len(first) != len(second):
+        return None
+    each = [0 if _same(a, b) else _times(a, b, rows) for a, b in zip(first, second, strict=True)]
+    return [times for times in each if isinstance(times, int)] if all(isinstance(times, int) for times in each) else None
 
 
 def _same(a: Any, b: Any) -> bool:

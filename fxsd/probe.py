@@ -13,7 +13,7 @@ from fxsd.capture.examples import computed
 from fxsd.capture.modes import in_mode
 from fxsd.errors import told
 from fxsd.residual import Residual
-from fxsd.rows import empty_in_format
+from fxsd.rows import Times, counted, empty_in_format
 from fxsd.versions import NO_COND
 
 ROWS = 3  # of random numbers
@@ -38,7 +38,7 @@ class Probe:
         nodes: Sequence[fx.Node],
         given: Mapping[fx.Node, Any],
         entries: Set[fx.Node],
-        counts: Mapping[fx.Node, int],
+        counts: Mapping[fx.Node, Times],
     ) -> None:
         self.module, self.residual, self.nodes, self.outside, self.entries, self.counts = module, residual, nodes, given, entries, counts
         self.stays, self.strided = NO_COND, False
@@ -121,7 +121,7 @@ class Probe:
         given: dict[fx.Node, Any] = {}
         for node, value in self.outside.items():
             if node in self.counts:
-                given[node] = self.counts[node] * rows
+                given[node] = counted(rows, self.counts[node], value)
             else:
                 given[node] = entry(value) if node in self.entries else value
         return given

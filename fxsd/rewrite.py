@@ -32,7 +32,7 @@ from fxsd.checkpoints import MARK
 from fxsd.graphmodule import META, StochasticGraphModule, build, replace_inside, shallow_tree
 from fxsd.ops import StochasticDepth
 from fxsd.residual import Residual
-from fxsd.rows import fork, merge, spread, take
+from fxsd.rows import counted, fork, merge, spread, take
 from fxsd.sizes import Sizes
 from fxsd.skip import SkipStochasticDepth
 
@@ -195,11 +195,14 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
                 taken.append(graph.call_function(take, args))
         for node in nodes:
             node.replace_input_with(entry, taken[-1])
-    with graph.inserting_before(taken[0].next):
-        for number, times in region.counts.items():
-            count = graph.call_function(operator.mul, (graph.call_method("size", (taken[0], 0)), times))
-            for node in nodes:
-                node.replace_input_with(number, count)
+    for number, times in region.counts.items():
+        users = [node for node in nodes if number in node.all_input_nodes]
+        with graph.inserting_before(users[0]):
+            size = graph.call_method("size", (taken[0], 0))
+            one = isinstance(times, int)
+            count = graph.call_function(operator.mul, (size, times)) if one else graph.call_function(counted, (size, times, number))
+        for node in users:
+            node.replace_input_with(number, count)
     _mark(rows, residual, retired)
     if any(node.meta.get(MARK) != add.meta.get(MARK) for node in nodes):  # a checkpoint holds some of the branch
         rows.meta.pop(MARK, None)

@@ -17,6 +17,8 @@ from torch import Tensor
 from fxsd.again import can_take_again
 from fxsd.one_pass import is_plain, is_transformed, kernels_for
 
+Times = int | Sequence[int]  # how many times the number of rows a number is, or each of several: 0 if it does not go with them
+
 
 class Rows(NamedTuple):
     """Which rows of a batch a branch runs on.
@@ -94,6 +96,14 @@ def spread(branch: Tensor, rows: Rows) -> Tensor:
         return _weighted(branch, rows.weight)
     zeros = branch.new_zeros(()).expand(rows.batch, *branch.shape[1:])
     return merge(zeros, branch, rows)
+
+
+def counted(rows: int, times: Times, value: Any) -> Any:
+    """What stands for `value`, a number or a size, a tuple or a list of them, where so many rows run."""
+    if isinstance(times, int):
+        return times * rows
+    each = [number * rows if number else own for number, own in zip(times, value, strict=True)]
+    return torch.Size(each) if isinstance(value, torch.Size) else type(value)(each)
 
 
 def _weighted(branch: Tensor, weight: Tensor | None) -> Tensor:

@@ -168,15 +168,20 @@ def test_a_transformer_has_two_sites_a_layer(model: str, config: str, arguments:
     check(getattr(transformers, model)(getattr(transformers, config)(**arguments)), inputs, sites)
 
 
-@pytest.mark.parametrize("name", ["LlamaModel", "PhiModel", "GPT2Model", "BertModel", "ViTModel", "Dinov2Model"])
-def test_every_site_of_a_transformer_without_a_cache_skips(name: str):
+LANGUAGE = ["LlamaModel", "PhiModel", "GPT2Model"]
+CACHE = [("BertModel", {}), ("ViTModel", {}), ("Dinov2Model", {})]
+CACHE += [(name, {"use_cache": False}) for name in LANGUAGE] + [(name, {}) for name in LANGUAGE[:2]]
+
+
+@pytest.mark.parametrize(("name", "cache"), CACHE)
+def test_every_site_of_a_transformer_skips(name: str, cache: dict[str, bool]):
     torch.manual_seed(0)
     model, config, arguments, inputs, count = next(row for row in MODELS if row[0] == name)
     quiet = dict.fromkeys(("attention_probs_dropout_prob", "hidden_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
     original = getattr(transformers, model)(getattr(transformers, config)(**arguments | quiet))
 
     def given(batch: int) -> dict[str, Any]:
-        return inputs(batch) | ({} if "pixel_values" in inputs(batch) or name == "BertModel" else {"use_cache": False})
+        return inputs(batch) | cache
 
     made = {
         compute: fxsd.transform(original, 0.5, drop_distribution="uniform", compute=compute, example_inputs=given(2))
