@@ -25,7 +25,7 @@ from fxsd.capture.modes import in_mode
 from fxsd.capture.signature import bind
 from fxsd.checkpoints import MARK
 from fxsd.errors import told
-from fxsd.probe import ROWS, Illegal, Probe, awake, random_like
+from fxsd.probe import PLAIN, ROWS, Illegal, Likeness, Probe, awake, is_drawn, random_like
 from fxsd.residual import Residual
 from fxsd.rows import Times
 from fxsd.values import is_plain_add, written
@@ -45,7 +45,8 @@ class Region:
 
     Attributes:
         nodes: those of the branch that come from the fork and that nobody else reads, in graph order; they run on the kept rows.
-        entries: tensors from outside, of which the kept rows are taken; the first is the fork, or comes from it.
+        entries: tensors from outside, of which the kept rows are taken, and how many rows each has for one of the batch; the first, which
+            has one, is the fork, or comes from it.
         counts: whole numbers from outside that are so many times the number of rows; of several in one value, how many times each is,
             0 for one that does not go with the rows.
         work: FLOPs of the branch for each value that it adds.
@@ -58,7 +59,7 @@ class Region:
     """
 
     nodes: tuple[fx.Node, ...]
-    entries: tuple[fx.Node, ...]
+    entries: Mapping[fx.Node, int]
     counts: Mapping[fx.Node, Times]
     work: float
     least_rows: int
@@ -128,11 +129,16 @@ class Batch:
         self.flops: dict[fx.Node, int] = {}  # at the first size
         self.versions: dict[tuple[fx.Node, fx.Node], int] = {}  # (user, value) -> how often value had been written into
         with torch.no_grad(), in_mode(module, True):
-            self.values = [self._follow(graph, call, size) for size in SIZES]
+            try:
+                self.values = [self._follow(graph, call, size) for size in SIZES]
+            except Illegal:
+                if not _has_many(call):
+                    raise
+                self.values = [self._follow(graph, call, size, many=True) for size in SIZES]
 
-    def _follow(self, graph: fx.Graph, call: Call, size: int) -> dict[fx.Node, Any]:
+    def _follow(self, graph: fx.Graph, call: Call, size: int, many: bool = False) -> dict[fx.Node, Any]:
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        call = _resized(without_values(call, fakes), size, fakes)
+        call = _resized(without_values(call, fakes), size, fakes, many)
         binding = bind(self.module.__dict__.get("forward") or self.module.forward, call)
         examples = Examples(self.module, binding.fixed | binding.example, self.constants, True, nullcontext, fakes)
         self.attribute = examples.attribute
@@ -177,23 +183,23 @@ class Batch:
         inside = set(nodes)
         outside = list(dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside))
         entries, counts = self._entries(residual, outside)
-        if not entries or (all_or_none and residual.fork not in entries):
+        if not entries or (all_or_none and entries.get(residual.fork) != 1):
             raise Illegal(f"{residual.fork.name}, which its branch comes from, has not the batch in dim 0 as the branch has")
         # The first tells the batch, and how many rows there are: what comes from the fork, for a mask may have one row for all.
-        data = {residual.fork} if residual.fork in entries else self._data_of(residual.fork)
-        entries.sort(key=lambda entry: (entry not in data, self.index[entry]))
-        if entries[0] not in data:
-            raise Illegal(f"nothing that enters its branch comes from {residual.fork.name}")
-        if self.index[nodes[0]] < self.index[entries[0]]:
-            raise Illegal(f"{nodes[0].name} in the branch comes before {entries[0].name}, which tells how many rows there are")
+        data = {residual.fork} if entries.get(residual.fork) == 1 else self._data_of(residual.fork)
+        order = sorted(entries, key=lambda entry: (entry not in data or entries[entry] > 1, self.index[entry]))
+        entries, first = {entry: entries[entry] for entry in order}, order[0]
+        if first not in data or entries[first] > 1:
+            raise Illegal(f"nothing that enters its branch comes from {residual.fork.name}, with a row for each of its own")
+        if self.index[nodes[0]] < self.index[first]:
+            raise Illegal(f"{nodes[0].name} in the branch comes before {first.name}, which tells how many rows there are")
         self._check_users(residual, inside)
         self._check_writes(residual, nodes, entries)
         generator = torch.Generator().manual_seed(0)
-        whole = any(not self.values[0][entry].dtype.is_floating_point for entry in entries)
-        for places in (True, False) if whole else (False,):
-            given = {node: self._real(node, ROWS if node in entries else None, generator, places) for node in outside}
-            probe = Probe(self.module, residual, nodes, given, set(entries), counts)
-            if places and probe.runs():  # there may be fewer classes than rows
+        for like in self._likenesses(outside, entries):
+            given = {node: self._real(node, ROWS * entries[node] if node in entries else None, generator, like) for node in outside}
+            probe = Probe(self.module, residual, nodes, given, entries, counts)
+            if probe.runs():
                 break
         least_rows = probe.on_none() if all_or_none else probe.least_rows(subset_batch_norm)
         branch = self.values[0][residual.branch]
@@ -205,11 +211,11 @@ class Batch:
         others = self._back(residual.shortcut, residual.fork).intersection(residual.fork.users)
         kept = (
             not all_or_none
-            and residual.fork in entries
+            and entries.get(residual.fork) == 1
             and any(self._keeps(node, residual.fork, generator) for node in (residual.fork, *others))
         )
         stays = stays or probe.stays
-        return Region(tuple(nodes), tuple(entries), counts, work, least_rows, merges, kept, stays, probe.strided, branch.device.type)
+        return Region(tuple(nodes), entries, counts, work, least_rows, merges, kept, stays, probe.strided, branch.device.type)
 
     def _keeps(self, node: fx.Node, value: fx.Node, generator: torch.Generator) -> bool:
         """Does an op that makes or uses a value keep it for backward?"""
@@ -251,9 +257,13 @@ class Batch:
                     found.add(user)
                     stack.append(user)
         nodes = sorted(found, key=self.index.__getitem__)
-        shared, kept = self._shared(seen, nodes), {residual.fork}
-        for node in nodes:  # without those that only told sizes of what is shared now
-            if node not in shared and not (self._is_plain(node) and kept.isdisjoint(node.all_input_nodes)):
+        return self._without(residual, nodes, self._shared(seen, nodes))
+
+    def _without(self, residual: Residual, nodes: Sequence[fx.Node], others: Container[fx.Node]) -> list[fx.Node]:
+        """Those of `nodes` that are not among `others`, and do not only tell sizes of those, or check them."""
+        kept = {residual.fork}
+        for node in nodes:
+            if node not in others and not (self._is_plain(node) and kept.isdisjoint(node.all_input_nodes)):
                 kept.add(node)
         return [node for node in nodes if node in kept]
 
@@ -274,20 +284,34 @@ class Batch:
         for node in reversed(nodes):
             if node in apart and not found.isdisjoint(node.users):
                 found.add(node)
-        for node in nodes:
-            if node in apart and any(arg in found and not isinstance(self.values[0][arg], Tensor | int) for arg in node.all_input_nodes):
-                found.add(node)
         return found
 
-    def _real(self, node: fx.Node, rows: int | None, generator: torch.Generator, places: bool = False) -> Any:
+    def _likenesses(self, outside: Iterable[fx.Node], entries: Mapping[fx.Node, int]) -> list[Likeness]:
+        """What to give a branch, in the order to try.
+
+        There may be fewer classes than rows, and where all is masked nothing may be left. But what has several rows for one of the batch
+        must differ from row to row: only the numbers show whether those are in a row.
+        """
+        found = []
+        kinds = {node: value.dtype for node in outside if isinstance(value := self.values[0][node], Tensor)}
+        many = {kinds[node] for node, each in entries.items() if each > 1}
+        masks, whole = torch.bool in kinds.values(), any(not is_drawn(kind) and kind is not torch.bool for kind in kinds.values())
+        for places in (True, False) if whole else (False,):
+            for some in (False, True) if masks else (False,):
+                like = Likeness(places, some)
+                if all(like.differs(kind) for kind in many):
+                    found.append(like)
+        return found
+
+    def _real(self, node: fx.Node, rows: int | None, generator: torch.Generator, like: Likeness = PLAIN) -> Any:
         """Stands for a value that enters a branch: the model's own, or random numbers like it with so many rows."""
         if node.op == "get_attr":
             found = self.attribute(str(node.target))
             return awake(found.detach()).clone() if isinstance(found, Tensor) else found
         value = self.values[0][node]
         if not isinstance(value, Tensor):
-            return torch.utils._pytree.tree_map_only(Tensor, lambda leaf: random_like(leaf, None, generator), value)
-        return random_like(value, rows, generator, places)
+            return torch.utils._pytree.tree_map_only(Tensor, lambda leaf: random_like(leaf, None, generator, like), value)
+        return random_like(value, rows, generator, like)
 
     def _back(self, end: fx.Node, start: fx.Node) -> set[fx.Node]:
         """`end` and what it comes from, as far as it lies behind `start` in the graph."""
@@ -322,21 +346,27 @@ class Batch:
         """Is there no tensor in its value?"""
         return not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(self.values[0][node]))
 
+    def _holds_tensors(self, node: fx.Node) -> bool:
+        """Is its value several tensors, of which others read one?"""
+        return not isinstance(self.values[0][node], Tensor) and not self._is_plain(node)
+
     def _rows(self, residual: Residual) -> tuple[int, int]:
         first, second = (values[residual.branch].shape[0] for values in self.values)
         return (first, second) if first * SIZES[1] == second * SIZES[0] else (0, 0)
 
-    def _entries(self, residual: Residual, outside: Iterable[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, Times]]:
+    def _entries(self, residual: Residual, outside: Iterable[fx.Node]) -> tuple[dict[fx.Node, int], dict[fx.Node, Times]]:
         rows = self._rows(residual)
-        entries: list[fx.Node] = []
+        entries: dict[fx.Node, int] = {}
         counts: dict[fx.Node, Times] = {}
         for node in outside:
             first, second = (values[node] for values in self.values)
             if isinstance(first, Tensor):
-                if first.dim() and (first.shape[0], second.shape[0]) == rows and first.shape[1:] == second.shape[1:]:
-                    entries.append(node)
-                elif first.shape != second.shape:
+                if first.shape == second.shape:
+                    continue
+                each = _times(first.shape[0], second.shape[0], rows) if first.dim() else None
+                if not isinstance(each, int) or first.shape[1:] != second.shape[1:]:
                     raise Illegal(f"{node.name}, which enters the branch, has the batch elsewhere than in dim 0: {list(first.shape)}")
+                entries[node] = each
             elif not _same(first, second):
                 times = _times(first, second, rows)
                 if times is None:
@@ -356,11 +386,14 @@ class Batch:
 
         Keys and values that also go to a cache, or a norm that two branches share, run on all rows, and their rows are taken.
         """
-        inside, others = set(nodes), set[fx.Node]()
-        for node in reversed(nodes):
-            if node in others or self._users_outside(residual, node, inside):
-                others.update((node, *inside.intersection(node.all_input_nodes)))
-        own = [node for node in nodes if node not in others]
+        inside, others, before = set(nodes), set[fx.Node](), -1
+        while len(others) > before:
+            before = len(others)
+            for node in reversed(nodes):
+                part = any(arg in others and self._holds_tensors(arg) for arg in node.all_input_nodes)
+                if part or node in others or self._users_outside(residual, node, inside):
+                    others.update((node, *inside.intersection(node.all_input_nodes)))
+        own = self._without(residual, nodes, others)
         most = 2 * sum(self.flops[node] for node in own) >= sum(self.flops[node] for node in nodes)
         return own if residual.branch in own and most else nodes
 
@@ -369,7 +402,7 @@ class Batch:
             for user in self._users_outside(residual, node, inside):
                 raise Illegal(f"{node.name} in the branch is also used outside of it, by {user.name}")
 
-    def _check_writes(self, residual: Residual, nodes: list[fx.Node], entries: list[fx.Node]) -> None:
+    def _check_writes(self, residual: Residual, nodes: list[fx.Node], entries: Iterable[fx.Node]) -> None:
         """Rows are taken once, before the first node; nobody may write into the whole between that and the last use."""
         for entry in entries:
             seen = {self.versions[node, entry] for node in nodes if (node, entry) in self.versions}
@@ -382,21 +415,44 @@ class Batch:
             raise Illegal(f"it adds in place into {target.name}, which is read afterwards")
 
 
-def _resized(call: Call, size: int, fakes: FakeTensorMode) -> Call:
-    """The call with another number of samples, which is what dim 0 of the first tensor is."""
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
-    if not leaves:
-        raise Illegal("no tensor among the example inputs tells what the batch is")
-    batch = leaves[0].shape[0]
+def _resized(call: Call, size: int, fakes: FakeTensorMode, many: bool) -> Call:
+    """The call with another number of samples.
+
+    Args:
+        many: inputs that have several rows for each sample, as a mask for each head of attention, go with the batch too.
+    """
+    batch = _batch_of(call)
 
     def resized(leaf: Tensor) -> Tensor:
-        if not leaf.dim() or leaf.shape[0] != batch:
+        each = _each(leaf, batch)
+        if not each or (each > 1 and not many):
             return leaf
         with fakes:
-            return torch.empty((size, *leaf.shape[1:]), dtype=leaf.dtype, device=leaf.device)
+            return torch.empty((size * each, *leaf.shape[1:]), dtype=leaf.dtype, device=leaf.device)
 
     found: Call = torch.utils._pytree.tree_map_only(Tensor, resized, call)
     return found
+
+
+def _has_many(call: Call) -> bool:
+    """Are there inputs that may have several rows for each sample?"""
+    batch = _batch_of(call)
+    return any(_each(leaf, batch) > 1 for leaf in torch.utils._pytree.tree_leaves(call) if isinstance(leaf, Tensor))
+
+
+def _batch_of(call: Call) -> int:
+    """How many samples there are, which is what dim 0 of the first tensor is."""
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not leaves:
+        raise Illegal("no tensor among the example inputs tells what the batch is")
+    return int(leaves[0].shape[0])
+
+
+def _each(leaf: Tensor, batch: int) -> int:
+    """How many rows there are for each sample, if not 0."""
+    if not leaf.dim():
+        return 0
+    return 1 if leaf.shape[0] == batch else 0 if leaf.shape[0] % max(batch, 1) else leaf.shape[0] // max(batch, 1)
 
 
 def _times(first: Any, second: Any, rows: tuple[int, int]) -> Times | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,7 +37,7 @@ class Probe:
         residual: Residual,
         nodes: Sequence[fx.Node],
         given: Mapping[fx.Node, Any],
-        entries: Set[fx.Node],
+        entries: Mapping[fx.Node, int],
         counts: Mapping[fx.Node, Times],
     ) -> None:
         self.module, self.residual, self.nodes, self.outside, self.entries, self.counts = module, residual, nodes, given, entries, counts
@@ -71,9 +71,10 @@ class Probe:
         return rows
 
     def runs(self) -> bool:
-        """Does the branch run on what it was given?"""
+        """Does the branch run on what it was given, and give finite numbers?"""
         with torch.no_grad(), in_mode(self.module, True):
-            return self._runs(ROWS)
+            result = self._result(_copied(self._given(ROWS, lambda value: value)))
+        return result is not None and result.shape[:1] == (ROWS,) and bool(result.isfinite().all())
 
     def on_none(self) -> int:
         """Zero, which is how many rows the branch needs.
@@ -110,11 +111,16 @@ class Probe:
         return ""
 
     def _runs(self, rows: int) -> bool:
+        result = self._result(self._given(rows, lambda value: value[:rows]))
+        return result is not None and result.shape[:1] == (rows,)
+
+    def _result(self, given: Mapping[fx.Node, Any]) -> Tensor | None:
+        """What the branch gives, if that is a tensor."""
         try:
-            result = self._run(self._given(rows, lambda value: value[:rows]))
+            result = self._run(given)
         except Exception:
-            return False
-        return isinstance(result, Tensor) and result.shape[:1] == (rows,)
+            return None
+        return result if isinstance(result, Tensor) else None
 
     def _given(self, rows: int, entry: Callable[[Tensor], Tensor]) -> dict[fx.Node, Any]:
         """What enters the branch where so many rows run."""
@@ -123,7 +129,7 @@ class Probe:
             if node in self.counts:
                 given[node] = counted(rows, self.counts[node], value)
             else:
-                given[node] = entry(value) if node in self.entries else value
+                given[node] = _each(entry, value, self.entries[node]) if node in self.entries else value
         return given
 
     def _run(self, given: Mapping[fx.Node, Any]) -> Any:
@@ -201,6 +207,11 @@ class _NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+def _each(change: Callable[[Tensor], Tensor], value: Tensor, each: int) -> Tensor:
+    """Changes rows of a value that has so many for each of the batch."""
+    return change(value) if each == 1 else change(value.view(-1, each, *value.shape[1:])).flatten(0, 1)
+
+
 def awake(tensor: Tensor) -> Tensor:
     """A parameter, or random numbers where it is nought: what it multiplies shall be seen."""
     if tensor.dtype.is_floating_point and tensor.numel() and tensor.abs().max() < 1e-3:
@@ -208,20 +219,52 @@ def awake(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def random_like(like: Tensor, rows: int | None, generator: torch.Generator, places: bool = False) -> Tensor:
-    """Numbers like those of `like`, in its memory format; of a mask, that nothing is masked; of whole numbers, 0.
+class Likeness(NamedTuple):
+    """What stands for numbers that are not real.
+
+    Attributes:
+        places: whole numbers are those of their rows, since they may be places in the batch; else zeros.
+        some: masks are true here and there; else everywhere.
+    """
+
+    places: bool = False
+    some: bool = False
+
+    def differs(self, dtype: torch.dtype) -> bool:
+        """Does what stands for a tensor of this dtype differ from row to row?"""
+        return is_drawn(dtype) or (self.some if dtype is torch.bool else self.places)
+
+
+PLAIN = Likeness()
+
+
+def random_like(like: Tensor, rows: int | None, generator: torch.Generator, likeness: Likeness = PLAIN) -> Tensor:
+    """Numbers like those of `like`, in its memory format.
 
     Args:
         rows: how many, if not as many as in `like`.
-        places: whole numbers are those of their rows: they may be places in the batch.
     """
     made, _ = empty_in_format(like, like.shape if rows is None else (rows, *like.shape[1:]))
-    if made.dtype.is_floating_point or made.dtype.is_complex:
+    if is_drawn(made.dtype):
         drawn = torch.complex64 if made.dtype.is_complex else torch.float32
         return made.copy_(torch.randn(made.shape, generator=generator, dtype=drawn, device="cpu"))
-    if places and rows is not None and made.dtype is not torch.bool:
+    if made.dtype is torch.bool:
+        return made.copy_(_some(made.shape, generator)) if likeness.some and made.dim() else made.fill_(True)
+    if likeness.places and rows is not None:
         return made.copy_(torch.arange(rows).view([-1] + [1] * (made.dim() - 1)))
-    return made.fill_(made.dtype is torch.bool)
+    return made.fill_(0)
+
+
+def _some(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """A mask that is true here and there, and not, in each line of the last dim."""
+    drawn = torch.rand(shape, generator=generator)
+    if shape[-1] < 2:
+        return drawn < 0.5
+    return drawn.argsort(-1) <= (torch.rand((*shape[:-1], 1), generator=generator) * (shape[-1] - 1)).long()
+
+
+def is_drawn(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def _tainted(value: Tensor) -> Tensor:

@@ -180,10 +180,11 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
     branch = retired.get(residual.branch, residual.branch)
     nodes = [node for node in region.nodes if node not in retired]
     sides = [arg for arg in add.args if arg is not branch]
+    first = next(iter(region.entries))
     with graph.inserting_before(nodes[0]):
-        rows = graph.call_module(target, (retired.get(region.entries[0], region.entries[0]),))
+        rows = graph.call_module(target, (retired.get(first, first),))
     taken: list[fx.Node] = []
-    for entry in dict.fromkeys(retired.get(entry, entry) for entry in region.entries):
+    for entry, each in {retired.get(entry, entry): each for entry, each in region.entries.items()}.items():
         needs = {entry} if taken else {entry, *region.counts}
         with graph.inserting_before(next(node for node in nodes if not needs.isdisjoint(node.all_input_nodes))):  # after `rows`, perhaps
             args = (entry, rows, True) if region.kept and not taken else (entry, rows)
@@ -192,7 +193,7 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
                 sides = [graph.call_function(operator.getitem, (both, 0))]
                 taken.append(graph.call_function(operator.getitem, (both, 1)))
             else:
-                taken.append(graph.call_function(take, args))
+                taken.append(graph.call_function(take, args, {"each": each} if each > 1 else {}))
         for node in nodes:
             node.replace_input_with(entry, taken[-1])
     for number, times in region.counts.items():

@@ -44,12 +44,15 @@ class Rows(NamedTuple):
     order: Tensor | None = None
 
 
-def take(value: Tensor, rows: Rows, kept: bool = False) -> Tensor:
+def take(value: Tensor, rows: Rows, kept: bool = False, each: int = 1) -> Tensor:
     """The rows of `value` that run: `[batch, ...]` -> `[kept, ...]`. One row that stands for all of them is left as it is.
 
     Args:
         kept: `value` is kept for backward anyway, so that its rows need not be.
+        each: how many rows there are for one of the batch, in a row: `[batch * each, ...]` -> `[kept * each, ...]`.
     """
+    if each > 1:
+        return take(value.view(rows.batch, each, *value.shape[1:]), rows).flatten(0, 1)
     if value.shape[0] == 1 and rows.batch != 1:
         return value
     if rows.none:

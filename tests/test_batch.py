@@ -325,6 +325,99 @@ def test_a_shared_norm_and_a_cache_are_no_obstacle(kind: Callable[[], nn.Module]
     assert len(fxsd.sites(gm)) == (2 if kind in KINDS[:2] else 1)
 
 
+class CachedParts(Cached):
+    """The same with queries, keys and values of one projection."""
+
+    def __init__(self, split: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.qkv, self.split, self.out = nn.Linear(WIDTH, 3 * WIDTH), split, mlp(WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        q, k, v = self.split(self.qkv(self.norm(x)))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v)), {"k": k, "v": v}
+
+
+@pytest.mark.parametrize(
+    "split", [lambda x: x.chunk(3, -1), lambda x: x.split(WIDTH, dim=-1), lambda x: x.view(*x.shape[:-1], 3, -1).unbind(-2)]
+)
+def test_parts_that_go_to_a_cache_are_taken_from_its_rows(split: Callable[[Tensor], Any]):
+    assert {site.compute for site in check_rows(CachedParts(split), tokens)} == {"skip"}
+
+
+HEADS = 2
+
+
+class Biased(nn.Module):
+    """Attention with heads in dim 0, and what is added to its scores, or masks them, from before: a [T, T] for each sample and head."""
+
+    def __init__(self, mine: bool, mask: str) -> None:
+        super().__init__()
+        self.mine, self.mask, self.qkv, self.out = mine, mask, nn.Linear(WIDTH, 3 * WIDTH), mlp()
+
+    def to_heads(self, x: Tensor) -> Tensor:
+        x = x.view(x.shape[0], TOKENS, HEADS, -1).transpose(1, 2)
+        return (x if self.mine else x.transpose(0, 1)).flatten(0, 1)
+
+    def from_heads(self, x: Tensor) -> Tensor:
+        x = x.unflatten(0, (-1, HEADS)) if self.mine else x.unflatten(0, (HEADS, -1)).transpose(0, 1)
+        return x.transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        bias = bias if self.mine else bias.unflatten(0, (-1, HEADS)).transpose(0, 1).flatten(0, 1)
+        bias = bias * 2 if self.mask == "added" else bias > 0.5
+        q, k, v = (self.to_heads(part) for part in self.qkv(x).chunk(3, -1))
+        scores = q @ k.transpose(1, 2)
+        gone = bias.logical_not() if self.mask == "in" else bias
+        scores = scores + bias if self.mask == "added" else scores.masked_fill(gone, float("-inf"))
+        return x + self.out(self.from_heads(scores.softmax(-1).nan_to_num() @ v))
+
+
+@pytest.mark.parametrize("mask", ["added", "out", "in"])
+@pytest.mark.parametrize("mine", [True, False])
+def test_several_rows_for_each_sample_are_no_obstacle_if_they_are_side_by_side(mine: bool, mask: str):
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        return (*tokens(batch), torch.rand(batch * HEADS, TOKENS, TOKENS, dtype=torch.float64))
+
+    (reason,) = reasons(Biased(mine, mask), inputs(2))
+    assert (reason == "") is mine
+    check_rows(Biased(mine, mask), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_attention_with_a_mask_for_each_head_skips(dtype: torch.dtype):
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 8, 0.0, batch_first=True, norm_first=True)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.layer(x, src_mask=mask)
+
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        mask = torch.rand(batch * HEADS, TOKENS, TOKENS, dtype=torch.float64)
+        return (*tokens(batch), (mask > 0.5) & ~torch.eye(TOKENS, dtype=torch.bool) if dtype is torch.bool else mask)
+
+    assert reasons(Masked(), inputs(3)) == ["", ""]
+    check_rows(Masked(), inputs)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("each", [True, False])
+def test_a_mask_may_say_what_is_kept_or_what_is_not(keeps: bool, each: bool):
+    class Padded(Biased):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            mask = (mask if each else mask[:1]) > 0
+            q, k, v = self.qkv(x).chunk(3, -1)
+            scores = (q @ k.transpose(1, 2)).masked_fill(~mask[:, None] if keeps else mask[:, None], float("-inf"))
+            return x + self.out(scores.softmax(-1) @ v)
+
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        return (*tokens(batch), torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 0]])[torch.arange(batch) % 3])
+
+    assert reasons(Padded(True, ""), inputs(2)) == [""]
+    check_rows(Padded(True, ""), inputs)
+
+
 def test_what_comes_before_the_batch_is_known_is_a_reason():
     class MaskFirst(TwoBranches):
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
