@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxsd.capture import Part
 from fxsd.capture.calls import Call, without_values
@@ -25,6 +24,7 @@ from fxsd.capture.modes import in_mode
 from fxsd.capture.signature import bind
 from fxsd.checkpoints import MARK
 from fxsd.errors import told
+from fxsd.flops import flop_counter
 from fxsd.probe import PLAIN, ROWS, Illegal, Likeness, Probe, awake, is_drawn, random_like
 from fxsd.residual import Residual
 from fxsd.rows import Times
@@ -126,6 +126,7 @@ class Batch:
             raise Illegal("the model is on the meta device, where no branch can be run to see what its samples have to do with each other")
         self.module, self.constants = module, constants
         self.index = {node: place for place, node in enumerate(graph.nodes)}
+        self.unused = _unused(graph)
         self.flops: dict[fx.Node, int] = {}  # at the first size
         self.versions: dict[tuple[fx.Node, fx.Node], int] = {}  # (user, value) -> how often value had been written into
         with torch.no_grad(), in_mode(module, True):
@@ -143,7 +144,7 @@ class Batch:
         examples = Examples(self.module, binding.fixed | binding.example, self.constants, True, nullcontext, fakes)
         self.attribute = examples.attribute
         values: dict[fx.Node, Any] = {}
-        counter = FlopCounterMode(display=False)
+        counter = flop_counter()
         first = size == SIZES[0]
         try:
             with counter if first else nullcontext():
@@ -248,22 +249,24 @@ class Batch:
         own = [node for node in sorted(for_branch - for_shortcut, key=self.index.__getitem__) if node in seen]
         if residual.branch not in own:
             raise Illegal("its branch and its shortcut are computed together")
-        # Sizes of what is in the branch, and checks on them, go along.
+        # Sizes of what is in the branch, and checks on them, go along, and what nobody needs.
         found, stack = set(own), list(own)
         while stack:
             for user in stack.pop().users:
-                plain = user.op != "output" and not isinstance(self.values[0][user], Tensor)
-                if plain and user not in found and found.issuperset(user.all_input_nodes):
+                unused = user in self.unused and self.index[user] < self.index[residual.add]
+                along = user.op != "output" and (unused or not isinstance(self.values[0][user], Tensor))
+                if along and user not in found and found.issuperset(user.all_input_nodes):
                     found.add(user)
                     stack.append(user)
         nodes = sorted(found, key=self.index.__getitem__)
         return self._without(residual, nodes, self._shared(seen, nodes))
 
     def _without(self, residual: Residual, nodes: Sequence[fx.Node], others: Container[fx.Node]) -> list[fx.Node]:
-        """Those of `nodes` that are not among `others`, and do not only tell sizes of those, or check them."""
+        """Those of `nodes` that are not among `others`, and do not only tell sizes of those, check them, or go into nothing."""
         kept = {residual.fork}
         for node in nodes:
-            if node not in others and not (self._is_plain(node) and kept.isdisjoint(node.all_input_nodes)):
+            aside = self._is_plain(node) or node in self.unused
+            if node not in others and not (aside and kept.isdisjoint(node.all_input_nodes)):
                 kept.add(node)
         return [node for node in nodes if node in kept]
 
@@ -413,6 +416,15 @@ class Batch:
         target = written(residual.add)
         if target is not None and any(user is not residual.add and self.index[user] > self.index[residual.add] for user in target.users):
             raise Illegal(f"it adds in place into {target.name}, which is read afterwards")
+
+
+def _unused(graph: fx.Graph) -> set[fx.Node]:
+    """What is computed and not needed, as weights of attention where an operator computes them again."""
+    found = set[fx.Node]()
+    for node in reversed(graph.nodes):
+        if node.op in ("call_function", "call_method") and not node.is_impure() and found.issuperset(node.users):
+            found.add(node)
+    return found
 
 
 def _resized(call: Call, size: int, fakes: FakeTensorMode, many: bool) -> Call:

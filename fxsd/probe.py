@@ -280,7 +280,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
         return a.shape == b.shape
     if not a.dtype.is_floating_point:
         return torch.equal(a, b)
-    limit = min(1e4 * torch.finfo(a.dtype).eps, 0.1)
+    limit = min(1e4 * max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps), 0.1)  # some of it may be in float32
     return bool((a - b).abs().max() <= limit * a.abs().max())
 
 

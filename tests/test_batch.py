@@ -344,6 +344,34 @@ def test_parts_that_go_to_a_cache_are_taken_from_its_rows(split: Callable[[Tenso
     assert {site.compute for site in check_rows(CachedParts(split), tokens)} == {"skip"}
 
 
+class Weighs(Cached):
+    """Attention that computes weights, and does not use them."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__()
+        self.late, self.norm2, self.mlp = late, nn.LayerNorm(WIDTH), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        if not self.late:
+            (q.clamp(-1, 1) @ k.mT).softmax(-1)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v))
+        if self.late:
+            (q.clamp(-1, 1) @ k.mT).softmax(-1)
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("method", ["sample", "block"])
+@pytest.mark.parametrize("late", [True, False])
+def test_what_is_computed_and_not_used_is_no_obstacle(late: bool, method: str):
+    assert (reasons(Weighs(late), tokens(2), stochastic_method=method) == ["", ""]) is (not late or method == "sample")
+    check_rows(Weighs(late), tokens)
+    gm = fxsd.transform(Weighs(late).double(), 0.5, stochastic_method=method, compute="skip", example_inputs=tokens(2))
+    for run in (gm, torch.compile(gm, fullgraph=True, backend="aot_eager")):
+        run(*tokens(4)).sum().backward()
+
+
 HEADS = 2
 
 

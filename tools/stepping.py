@@ -18,11 +18,11 @@ import torch
 from measuring import quiet
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.utils.flop_counter import FlopCounterMode
 from variants import AUTO, BASE, MASK, SKIP, SUBSETS, variants
 
 import fxsd
 from fxsd import FxsdError
+from fxsd.flops import flop_counter
 
 EAGER, DEFAULT, GRAPHS = "eager", "compiled", "reduce-overhead"
 WARM_UP = 20  # steps in which a rate rises
@@ -141,7 +141,7 @@ def flops(step: Step, draws: int) -> float:
     """FLOPs of forward and backward, the mean of several draws."""
     counted = []
     for _ in range(draws):
-        with quiet(), FlopCounterMode(display=False) as counter:
+        with quiet(), flop_counter() as counter:
             step.ready()()
         counted.append(counter.get_total_flops())
     return fmean(counted)
