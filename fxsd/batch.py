@@ -25,10 +25,10 @@ from fxsd.capture.signature import bind
 from fxsd.checkpoints import MARK
 from fxsd.errors import told
 from fxsd.flops import flop_counter
-from fxsd.probe import PLAIN, ROWS, Illegal, Likeness, Probe, awake, is_drawn, random_like
+from fxsd.probe import MASKS, PLAIN, ROWS, Illegal, Likeness, Probe, awake, is_drawn, random_like
 from fxsd.residual import Residual
 from fxsd.rows import Times
-from fxsd.values import is_plain_add, written
+from fxsd.values import bases, is_plain_add, written
 
 SIZES = (4, 6)  # of the batch, to see what goes with it
 # FLOPs saved for each value of the residual stream from which on skipping beat the mask, on a CPU, for branches of 16 to 1024 FLOPs a
@@ -126,7 +126,7 @@ class Batch:
             raise Illegal("the model is on the meta device, where no branch can be run to see what its samples have to do with each other")
         self.module, self.constants = module, constants
         self.index = {node: place for place, node in enumerate(graph.nodes)}
-        self.unused = _unused(graph)
+        self.bases, self.unused = bases(graph), _unused(graph)
         self.flops: dict[fx.Node, int] = {}  # at the first size
         self.versions: dict[tuple[fx.Node, fx.Node], int] = {}  # (user, value) -> how often value had been written into
         with torch.no_grad(), in_mode(module, True):
@@ -177,10 +177,11 @@ class Batch:
             Illegal: it has to run on all rows.
         """
         nodes = self._between(residual)
+        fixed = self._fixed(nodes)
         self._check_rows(residual)
         checkpointed = any(MARK in node.meta for node in (residual.add, *nodes))
         if not (all_or_none or checkpointed):
-            nodes = self._for_itself(residual, nodes)
+            nodes = self._for_itself(residual, nodes, fixed)
         inside = set(nodes)
         outside = list(dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside))
         entries, counts = self._entries(residual, outside)
@@ -194,15 +195,20 @@ class Batch:
             raise Illegal(f"nothing that enters its branch comes from {residual.fork.name}, with a row for each of its own")
         if self.index[nodes[0]] < self.index[first]:
             raise Illegal(f"{nodes[0].name} in the branch comes before {first.name}, which tells how many rows there are")
-        self._check_users(residual, inside)
+        self._check_users(residual, inside, fixed)
         self._check_writes(residual, nodes, entries)
         generator = torch.Generator().manual_seed(0)
-        for like in self._likenesses(outside, entries):
-            given = {node: self._real(node, ROWS * entries[node] if node in entries else None, generator, like) for node in outside}
-            probe = Probe(self.module, residual, nodes, given, entries, counts)
-            if probe.runs():
-                break
-        least_rows = probe.on_none() if all_or_none else probe.least_rows(subset_batch_norm)
+        probes: list[Probe] = []
+        likenesses = self._likenesses(outside, entries)
+        for choices in likenesses:
+            for like in choices:
+                given = {node: self._real(node, ROWS * entries[node] if node in entries else None, generator, like) for node in outside}
+                probe = Probe(self.module, residual, nodes, given, entries, counts)
+                if likenesses == [[PLAIN]] or probe.runs():
+                    probes.append(probe)
+                    break
+        probes = probes or [probe]  # which says why it does not run
+        least_rows = max(probe.on_none() if all_or_none else probe.least_rows(subset_batch_norm) for probe in probes)
         branch = self.values[0][residual.branch]
         work = sum(self.flops[node] for node in nodes) / max(branch.numel(), 1)
         merges = is_plain_add(residual.add) and [arg is residual.branch for arg in residual.add.args].count(False) == 1
@@ -215,8 +221,9 @@ class Batch:
             and entries.get(residual.fork) == 1
             and any(self._keeps(node, residual.fork, generator) for node in (residual.fork, *others))
         )
-        stays = stays or probe.stays
-        return Region(tuple(nodes), entries, counts, work, least_rows, merges, kept, stays, probe.strided, branch.device.type)
+        stays = next((why for why in (stays, *(probe.stays for probe in probes)) if why), "")
+        strided = any(probe.strided for probe in probes)
+        return Region(tuple(nodes), entries, counts, work, least_rows, merges, kept, stays, strided, branch.device.type)
 
     def _keeps(self, node: fx.Node, value: fx.Node, generator: torch.Generator) -> bool:
         """Does an op that makes or uses a value keep it for backward?"""
@@ -289,22 +296,17 @@ class Batch:
                 found.add(node)
         return found
 
-    def _likenesses(self, outside: Iterable[fx.Node], entries: Mapping[fx.Node, int]) -> list[Likeness]:
-        """What to give a branch, in the order to try.
+    def _likenesses(self, outside: Iterable[fx.Node], entries: Mapping[fx.Node, int]) -> list[list[Likeness]]:
+        """What to give a branch, each in turn, and of each the first choice with which it runs.
 
-        There may be fewer classes than rows, and where all is masked nothing may be left. But what has several rows for one of the batch
-        must differ from row to row: only the numbers show whether those are in a row.
+        Nothing may come through a mask that is the same everywhere, and nothing be left where two meet; there may be fewer classes than
+        rows. What has several rows for one of the batch must differ from row to row: only the numbers show whether those are in a row.
         """
-        found = []
         kinds = {node: value.dtype for node in outside if isinstance(value := self.values[0][node], Tensor)}
         many = {kinds[node] for node, each in entries.items() if each > 1}
         masks, whole = torch.bool in kinds.values(), any(not is_drawn(kind) and kind is not torch.bool for kind in kinds.values())
-        for places in (True, False) if whole else (False,):
-            for some in (False, True) if masks else (False,):
-                like = Likeness(places, some)
-                if all(like.differs(kind) for kind in many):
-                    found.append(like)
-        return found
+        found = [[Likeness(places, mask) for places in ((True, False) if whole else (False,))] for mask in (MASKS if masks else MASKS[:1])]
+        return [[like for like in choices if all(like.differs(kind) for kind in many)] for choices in found]
 
     def _real(self, node: fx.Node, rows: int | None, generator: torch.Generator, like: Likeness = PLAIN) -> Any:
         """Stands for a value that enters a branch: the model's own, or random numbers like it with so many rows."""
@@ -377,32 +379,40 @@ class Batch:
                 counts[node] = times
         return entries, counts
 
-    def _users_outside(self, residual: Residual, node: fx.Node, inside: Container[fx.Node]) -> list[fx.Node]:
-        """Those who use `node` outside of the branch, and would see that some rows are missing."""
-        first, second = (values[node] for values in self.values)
-        if not isinstance(first, Tensor) and _same(first, second):
-            return []
-        return [user for user in node.users if user not in inside and user is not residual.add]
+    def _fixed(self, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+        """Those of `nodes` that are the same whichever rows run: sizes but for the batch, dtypes, and what is computed from such alone."""
+        varying = set[fx.Node]()
+        filled = {self.bases[target] for node in nodes if (target := written(node)) is not None}
+        for node in nodes:
+            from_rows = any(arg in varying or not self._same(arg) for arg in node.all_input_nodes) or self.bases[node] in filled
+            if not self._same(node) or (from_rows and not self._is_plain(node)):
+                varying.add(node)
+        return set(nodes) - varying
 
-    def _for_itself(self, residual: Residual, nodes: list[fx.Node]) -> list[fx.Node]:
+    def _same(self, node: fx.Node) -> bool:
+        """Does its value go without the batch, as far as can be seen without numbers?"""
+        return _same(*(values[node] for values in self.values))
+
+    def _for_itself(self, residual: Residual, nodes: list[fx.Node], fixed: Container[fx.Node]) -> list[fx.Node]:
         """Those of `nodes` that run for the branch alone, if they are most of it.
 
         Keys and values that also go to a cache, or a norm that two branches share, run on all rows, and their rows are taken.
         """
         inside, others, before = set(nodes), set[fx.Node](), -1
+        vary = [node for node in nodes if node not in fixed]
         while len(others) > before:
             before = len(others)
-            for node in reversed(nodes):
+            for node in reversed(vary):
                 part = any(arg in others and self._holds_tensors(arg) for arg in node.all_input_nodes)
-                if part or node in others or self._users_outside(residual, node, inside):
-                    others.update((node, *inside.intersection(node.all_input_nodes)))
+                if part or node in others or _users_outside(residual, node, inside):
+                    others.update(arg for arg in (node, *node.all_input_nodes) if arg in inside and arg not in fixed)
         own = self._without(residual, nodes, others)
         most = 2 * sum(self.flops[node] for node in own) >= sum(self.flops[node] for node in nodes)
         return own if residual.branch in own and most else nodes
 
-    def _check_users(self, residual: Residual, inside: set[fx.Node]) -> None:
-        for node in sorted(inside, key=self.index.__getitem__):
-            for user in self._users_outside(residual, node, inside):
+    def _check_users(self, residual: Residual, inside: set[fx.Node], fixed: set[fx.Node]) -> None:
+        for node in sorted(inside - fixed, key=self.index.__getitem__):
+            for user in _users_outside(residual, node, inside):
                 raise Illegal(f"{node.name} in the branch is also used outside of it, by {user.name}")
 
     def _check_writes(self, residual: Residual, nodes: list[fx.Node], entries: Iterable[fx.Node]) -> None:
@@ -416,6 +426,11 @@ class Batch:
         target = written(residual.add)
         if target is not None and any(user is not residual.add and self.index[user] > self.index[residual.add] for user in target.users):
             raise Illegal(f"it adds in place into {target.name}, which is read afterwards")
+
+
+def _users_outside(residual: Residual, node: fx.Node, inside: Container[fx.Node]) -> list[fx.Node]:
+    """Those who use `node` outside of the branch, and would see that some rows are missing."""
+    return [user for user in node.users if user not in inside and user is not residual.add]
 
 
 def _unused(graph: fx.Graph) -> set[fx.Node]:

@@ -224,18 +224,18 @@ class Likeness(NamedTuple):
 
     Attributes:
         places: whole numbers are those of their rows, since they may be places in the batch; else zeros.
-        some: masks are true here and there; else everywhere.
+        mask: where masks are true: everywhere, nowhere, or here and there, which is None.
     """
 
     places: bool = False
-    some: bool = False
+    mask: bool | None = True
 
     def differs(self, dtype: torch.dtype) -> bool:
         """Does what stands for a tensor of this dtype differ from row to row?"""
-        return is_drawn(dtype) or (self.some if dtype is torch.bool else self.places)
+        return is_drawn(dtype) or (self.mask is None if dtype is torch.bool else self.places)
 
 
-PLAIN = Likeness()
+PLAIN, MASKS = Likeness(), (True, False, None)
 
 
 def random_like(like: Tensor, rows: int | None, generator: torch.Generator, likeness: Likeness = PLAIN) -> Tensor:
@@ -249,18 +249,20 @@ def random_like(like: Tensor, rows: int | None, generator: torch.Generator, like
         drawn = torch.complex64 if made.dtype.is_complex else torch.float32
         return made.copy_(torch.randn(made.shape, generator=generator, dtype=drawn, device="cpu"))
     if made.dtype is torch.bool:
-        return made.copy_(_some(made.shape, generator)) if likeness.some and made.dim() else made.fill_(True)
+        return made.copy_(_some(made.shape, generator)) if likeness.mask is None else made.fill_(likeness.mask)
     if likeness.places and rows is not None:
         return made.copy_(torch.arange(rows).view([-1] + [1] * (made.dim() - 1)))
     return made.fill_(0)
 
 
 def _some(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """A mask that is true here and there, and not, in each line of the last dim."""
+    """A mask that is true here and there, and not, in each line of the last dim that has some places."""
+    dim = next((dim for dim in reversed(range(len(shape))) if shape[dim] > 1), None)
     drawn = torch.rand(shape, generator=generator)
-    if shape[-1] < 2:
+    if dim is None:
         return drawn < 0.5
-    return drawn.argsort(-1) <= (torch.rand((*shape[:-1], 1), generator=generator) * (shape[-1] - 1)).long()
+    first = torch.rand(drawn.narrow(dim, 0, 1).shape, generator=generator) * (shape[dim] - 1)
+    return drawn.argsort(dim) <= first.long()
 
 
 def is_drawn(dtype: torch.dtype) -> bool:
