@@ -25,9 +25,9 @@ from fxsd.capture.signature import bind
 from fxsd.checkpoints import MARK
 from fxsd.errors import told
 from fxsd.flops import flop_counter
-from fxsd.probe import MASKS, PLAIN, ROWS, Illegal, Likeness, Probe, awake, is_drawn, random_like
+from fxsd.probe import MASKS, PLAIN, Illegal, Likeness, Probe, awake, is_drawn, random_like
 from fxsd.residual import Residual
-from fxsd.rows import Times
+from fxsd.rows import Place, Times
 from fxsd.values import bases, is_plain_add, written
 
 SIZES = (4, 6)  # of the batch, to see what goes with it
@@ -45,8 +45,8 @@ class Region:
 
     Attributes:
         nodes: those of the branch that come from the fork and that nobody else reads, in graph order; they run on the kept rows.
-        entries: tensors from outside, of which the kept rows are taken, and how many rows each has for one of the batch; the first, which
-            has one, is the fork, or comes from it.
+        entries: tensors from outside, of which the kept rows are taken, and where they have them; the first, which has them as the add
+            has, is the fork, or comes from it.
         counts: whole numbers from outside that are so many times the number of rows; of several in one value, how many times each is,
             0 for one that does not go with the rows.
         work: FLOPs of the branch for each value that it adds.
@@ -59,7 +59,7 @@ class Region:
     """
 
     nodes: tuple[fx.Node, ...]
-    entries: Mapping[fx.Node, int]
+    entries: Mapping[fx.Node, Place]
     counts: Mapping[fx.Node, Times]
     work: float
     least_rows: int
@@ -185,13 +185,14 @@ class Batch:
         inside = set(nodes)
         outside = list(dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside))
         entries, counts = self._entries(residual, outside)
-        if not entries or (all_or_none and entries.get(residual.fork) != 1):
-            raise Illegal(f"{residual.fork.name}, which its branch comes from, has not the batch in dim 0 as the branch has")
+        own = Place(residual.batch_dim)
+        if not entries or (all_or_none and entries.get(residual.fork) != own):
+            raise Illegal(f"{residual.fork.name}, which its branch comes from, has not the batch in dim {own.dim} as the branch has")
         # The first tells the batch, and how many rows there are: what comes from the fork, for a mask may have one row for all.
-        data = {residual.fork} if entries.get(residual.fork) == 1 else self._data_of(residual.fork)
-        order = sorted(entries, key=lambda entry: (entry not in data or entries[entry] > 1, self.index[entry]))
+        data = {residual.fork} if entries.get(residual.fork) == own else self._data_of(residual.fork)
+        order = sorted(entries, key=lambda entry: (entry not in data or entries[entry] != own, self.index[entry]))
         entries, first = {entry: entries[entry] for entry in order}, order[0]
-        if first not in data or entries[first] > 1:
+        if first not in data or entries[first] != own:
             raise Illegal(f"nothing that enters its branch comes from {residual.fork.name}, with a row for each of its own")
         if self.index[nodes[0]] < self.index[first]:
             raise Illegal(f"{nodes[0].name} in the branch comes before {first.name}, which tells how many rows there are")
@@ -202,7 +203,7 @@ class Batch:
         likenesses = self._likenesses(outside, entries)
         for choices in likenesses:
             for like in choices:
-                given = {node: self._real(node, ROWS * entries[node] if node in entries else None, generator, like) for node in outside}
+                given = {node: self._real(node, entries.get(node), generator, like) for node in outside}
                 probe = Probe(self.module, residual, nodes, given, entries, counts)
                 if likenesses == [[PLAIN]] or probe.runs():
                     probes.append(probe)
@@ -218,7 +219,7 @@ class Batch:
         others = self._back(residual.shortcut, residual.fork).intersection(residual.fork.users)
         kept = (
             not all_or_none
-            and entries.get(residual.fork) == 1
+            and entries.get(residual.fork) == Place()
             and any(self._keeps(node, residual.fork, generator) for node in (residual.fork, *others))
         )
         stays = next((why for why in (stays, *(probe.stays for probe in probes)) if why), "")
@@ -296,27 +297,27 @@ class Batch:
                 found.add(node)
         return found
 
-    def _likenesses(self, outside: Iterable[fx.Node], entries: Mapping[fx.Node, int]) -> list[list[Likeness]]:
+    def _likenesses(self, outside: Iterable[fx.Node], entries: Mapping[fx.Node, Place]) -> list[list[Likeness]]:
         """What to give a branch, each in turn, and of each the first choice with which it runs.
 
         Nothing may come through a mask that is the same everywhere, and nothing be left where two meet; there may be fewer classes than
         rows. What has several rows for one of the batch must differ from row to row: only the numbers show whether those are in a row.
         """
         kinds = {node: value.dtype for node in outside if isinstance(value := self.values[0][node], Tensor)}
-        many = {kinds[node] for node, each in entries.items() if each > 1}
+        many = {kinds[node] for node, place in entries.items() if place.each > 1}
         masks, whole = torch.bool in kinds.values(), any(not is_drawn(kind) and kind is not torch.bool for kind in kinds.values())
         found = [[Likeness(places, mask) for places in ((True, False) if whole else (False,))] for mask in (MASKS if masks else MASKS[:1])]
         return [[like for like in choices if all(like.differs(kind) for kind in many)] for choices in found]
 
-    def _real(self, node: fx.Node, rows: int | None, generator: torch.Generator, like: Likeness = PLAIN) -> Any:
-        """Stands for a value that enters a branch: the model's own, or random numbers like it with so many rows."""
+    def _real(self, node: fx.Node, place: Place | None, generator: torch.Generator, like: Likeness = PLAIN) -> Any:
+        """Stands for a value that enters a branch: the model's own, or random numbers like it, with a few rows in a place."""
         if node.op == "get_attr":
             found = self.attribute(str(node.target))
             return awake(found.detach()).clone() if isinstance(found, Tensor) else found
         value = self.values[0][node]
         if not isinstance(value, Tensor):
             return torch.utils._pytree.tree_map_only(Tensor, lambda leaf: random_like(leaf, None, generator, like), value)
-        return random_like(value, rows, generator, like)
+        return random_like(value, place, generator, like)
 
     def _back(self, end: fx.Node, start: fx.Node) -> set[fx.Node]:
         """`end` and what it comes from, as far as it lies behind `start` in the graph."""
@@ -332,12 +333,12 @@ class Batch:
     def _check_rows(self, residual: Residual) -> None:
         for values in self.values:
             branch, shortcut = values[residual.branch], values[residual.shortcut]
-            if not isinstance(branch, Tensor) or not isinstance(shortcut, Tensor) or branch.dim() == 0:
+            if not isinstance(branch, Tensor) or not isinstance(shortcut, Tensor) or branch.dim() <= residual.batch_dim:
                 raise Illegal("its operands are no tensors with a batch")
             if branch.shape != shortcut.shape:
                 raise Illegal(f"its branch has the shape {list(branch.shape)} and its shortcut {list(shortcut.shape)}")
         if self._rows(residual) == (0, 0):
-            raise Illegal("the batch is not in dim 0 of its branch")
+            raise Illegal(f"the batch is not in dim {residual.batch_dim} of its branch")
 
     def _data_of(self, start: fx.Node) -> set[fx.Node]:
         """`start` and what is computed from it, but for its sizes alone."""
@@ -356,22 +357,23 @@ class Batch:
         return not isinstance(self.values[0][node], Tensor) and not self._is_plain(node)
 
     def _rows(self, residual: Residual) -> tuple[int, int]:
-        first, second = (values[residual.branch].shape[0] for values in self.values)
+        first, second = (values[residual.branch].shape[residual.batch_dim] for values in self.values)
         return (first, second) if first * SIZES[1] == second * SIZES[0] else (0, 0)
 
-    def _entries(self, residual: Residual, outside: Iterable[fx.Node]) -> tuple[dict[fx.Node, int], dict[fx.Node, Times]]:
+    def _entries(self, residual: Residual, outside: Iterable[fx.Node]) -> tuple[dict[fx.Node, Place], dict[fx.Node, Times]]:
         rows = self._rows(residual)
-        entries: dict[fx.Node, int] = {}
+        entries: dict[fx.Node, Place] = {}
         counts: dict[fx.Node, Times] = {}
         for node in outside:
             first, second = (values[node] for values in self.values)
             if isinstance(first, Tensor):
                 if first.shape == second.shape:
                     continue
-                each = _times(first.shape[0], second.shape[0], rows) if first.dim() else None
-                if not isinstance(each, int) or first.shape[1:] != second.shape[1:]:
-                    raise Illegal(f"{node.name}, which enters the branch, has the batch elsewhere than in dim 0: {list(first.shape)}")
-                entries[node] = each
+                dims = [dim for dim, (a, b) in enumerate(zip(first.shape, second.shape, strict=False)) if a != b]
+                each = _times(first.shape[dims[0]], second.shape[dims[0]], rows) if len(dims) == 1 else None
+                if not isinstance(each, int) or first.dim() != second.dim():
+                    raise Illegal(f"{node.name}, which enters the branch, has the batch in no dim of its own: {list(first.shape)}")
+                entries[node] = Place(dims[0], each)
             elif not _same(first, second):
                 times = _times(first, second, rows)
                 if times is None:

@@ -48,8 +48,9 @@ def _outlined(rows: fx.Node, name: str) -> fx.Graph:
     branch, values, modules = _copied(inside, takes, added)
     with graph.inserting_before(added):
         called = tuple(graph.get_attr(path) for path in modules)
-        have_rows = tuple(value in takes.values() for value in values)
-        whole = graph.call_function(run_or_not, (graph.get_attr(name), rows, added.args[0], tuple(values), have_rows, called))
+        places = {takes[user]: user.kwargs.get("dim", 0) for user in takes}
+        dims = tuple(places.get(value) for value in values)
+        whole = graph.call_function(run_or_not, (graph.get_attr(name), rows, added.args[0], tuple(values), dims, called))
     added.replace_all_uses_with(whole)
     graph.erase_node(added)
     for node in reversed(inside):
@@ -88,13 +89,13 @@ def run_or_not(
     rows: Rows,
     shortcut: Tensor,
     values: Sequence[Any],
-    have_rows: Sequence[bool],
+    dims: Sequence[int | None],
     modules: Sequence[nn.Module],
 ) -> Tensor:
     """`merge` with what `branch` gives for `values` and the parameters of `modules` where the draw says so, else the shortcut.
 
     Args:
-        have_rows: which of `values` have the batch in dim 0.
+        dims: which dim of each of `values` has the batch, if any.
 
     Tensors go in and out flat: both ways have to have results and gradients of one layout, and Inductor, which gives convolutions layouts
     of its own, does not keep the one that it promises. No two may share memory, so that what may be part of another is copied.
@@ -123,7 +124,7 @@ def run_or_not(
         return whole.flat(merge(whole.of_flat(kept), branch(*given, *parameters), rows))
 
     with torch.no_grad():  # the dtype of the sum, which autocast decides
-        none = [value[:0] if has_rows else value for value, has_rows in zip(values, have_rows, strict=True)]
+        none = [value if dim is None else value.narrow(dim, 0, 0) for value, dim in zip(values, dims, strict=True)]
         dtype = torch.promote_types(shortcut.dtype, branch(*none, *[dict(module.named_parameters()) for module in modules]).dtype)
 
     def leave_out() -> Tensor:

@@ -33,15 +33,16 @@ class StochasticDepth(nn.Module):
 
     Args:
         drop_rate: probability that the branch is dropped, in [0, 1].
-        stochastic_method: `"sample"` draws for each row of dim 0, `"block"` once for the whole batch.
+        stochastic_method: `"sample"` draws for each sample, `"block"` once for the whole batch.
         scaling: `"inference"` multiplies by 1 - drop_rate in eval, `"train"` divides by it in training.
         site, module, depth, kind, reason: what the op stands for, shown in its repr; they decide nothing.
         weight: `drop_rate` over the model-wide rate, for `fxsd.set_drop_rate`.
+        batch_dim: which dim of the branch holds the samples.
         sync_ranks: draws what all ranks draw; only for `"block"`.
         device: of the rate.
 
     Shape:
-        - Input: `[batch, ...]`, any floating dtype and memory format.
+        - Input: `[batch, ...]`, or with the batch in `batch_dim`; any floating dtype and memory format.
         - Output: the same.
 
     The rate lives in a non-persistent float32 buffer: it moves with the module, is absent from the state
@@ -75,6 +76,7 @@ class StochasticDepth(nn.Module):
         kind: str = "identity",
         reason: str = "",
         weight: float = 1.0,
+        batch_dim: int = 0,
         sync_ranks: bool = False,
         device: torch.device | None = None,
     ) -> None:
@@ -84,6 +86,7 @@ class StochasticDepth(nn.Module):
         self.stochastic_method = stochastic_method
         self.scaling = scaling
         self.site, self.module, self.depth, self.kind, self.reason, self.weight = site, module, depth, kind, reason, weight
+        self.batch_dim = batch_dim
         self.rank_draws = RankDraws(site) if sync_ranks else None
 
     def forward(self, branch: Tensor) -> Tensor:
@@ -94,7 +97,7 @@ class StochasticDepth(nn.Module):
                 return branch
             shape = [1] * branch.dim()
             if self.stochastic_method == "sample" and shape:
-                shape[0] = branch.shape[0]
+                shape[self.batch_dim] = branch.shape[self.batch_dim]
             return branch * self.draw_mask(shape, branch.device).to(branch.dtype)
         return branch * (1.0 - self.drop_rate).to(branch.dtype) if self.scaling == "inference" else branch
 
@@ -149,7 +152,8 @@ class StochasticDepth(nn.Module):
 
     def extra_repr(self) -> str:
         rate = "meta" if self.drop_rate.is_meta else f"{self.rate:.4g}"
-        return f"{rate}, {self.stochastic_method!r}, {self.scaling!r}, site={self.site!r}, depth={self.depth}, kind={self.kind!r}"
+        place = f", batch_dim={self.batch_dim}" if self.batch_dim else ""
+        return f"{rate}, {self.stochastic_method!r}, {self.scaling!r}, site={self.site!r}, depth={self.depth}, kind={self.kind!r}{place}"
 
 
 def _read(rate: Tensor) -> float:

@@ -13,7 +13,7 @@ from fxsd.capture.examples import computed
 from fxsd.capture.modes import in_mode
 from fxsd.errors import told
 from fxsd.residual import Residual
-from fxsd.rows import Times, counted, empty_in_format
+from fxsd.rows import Place, Times, counted, empty_in_format, put_back
 from fxsd.versions import NO_COND
 
 ROWS = 3  # of random numbers
@@ -37,7 +37,7 @@ class Probe:
         residual: Residual,
         nodes: Sequence[fx.Node],
         given: Mapping[fx.Node, Any],
-        entries: Mapping[fx.Node, int],
+        entries: Mapping[fx.Node, Place],
         counts: Mapping[fx.Node, Times],
     ) -> None:
         self.module, self.residual, self.nodes, self.outside, self.entries, self.counts = module, residual, nodes, given, entries, counts
@@ -129,7 +129,7 @@ class Probe:
             if node in self.counts:
                 given[node] = counted(rows, self.counts[node], value)
             else:
-                given[node] = _each(entry, value, self.entries[node]) if node in self.entries else value
+                given[node] = _changed(entry, value, self.entries[node]) if node in self.entries else value
         return given
 
     def _run(self, given: Mapping[fx.Node, Any]) -> Any:
@@ -139,7 +139,8 @@ class Probe:
                 known[node] = known[node.all_input_nodes[0]]
                 continue
             known[node] = computed(node, known, self._call)
-        return known[self.residual.branch]
+        found = known[self.residual.branch]
+        return found.transpose(0, self.residual.batch_dim) if isinstance(found, Tensor) else found
 
     def _call(self, path: str, args: Any, kwargs: Any) -> Any:
         buffers = {key: tensor.clone() for key, tensor in self.called[path].named_buffers()}
@@ -207,9 +208,11 @@ class _NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def _each(change: Callable[[Tensor], Tensor], value: Tensor, each: int) -> Tensor:
-    """Changes rows of a value that has so many for each of the batch."""
-    return change(value) if each == 1 else change(value.view(-1, each, *value.shape[1:])).flatten(0, 1)
+def _changed(change: Callable[[Tensor], Tensor], value: Tensor, place: Place) -> Tensor:
+    """A value whose rows are changed."""
+    rows = value.transpose(0, place.dim)
+    rows = change(rows) if place.each == 1 else change(rows.view(-1, place.each, *rows.shape[1:])).flatten(0, 1)
+    return put_back(rows, place.dim, value)
 
 
 def awake(tensor: Tensor) -> Tensor:
@@ -238,20 +241,23 @@ class Likeness(NamedTuple):
 PLAIN, MASKS = Likeness(), (True, False, None)
 
 
-def random_like(like: Tensor, rows: int | None, generator: torch.Generator, likeness: Likeness = PLAIN) -> Tensor:
+def random_like(like: Tensor, place: Place | None, generator: torch.Generator, likeness: Likeness = PLAIN) -> Tensor:
     """Numbers like those of `like`, in its memory format.
 
     Args:
-        rows: how many, if not as many as in `like`.
+        place: where it has samples, of which a few are made.
     """
-    made, _ = empty_in_format(like, like.shape if rows is None else (rows, *like.shape[1:]))
+    shape = list(like.shape)
+    if place is not None:
+        shape[place.dim] = ROWS * place.each
+    made, _ = empty_in_format(like, shape)
     if is_drawn(made.dtype):
         drawn = torch.complex64 if made.dtype.is_complex else torch.float32
         return made.copy_(torch.randn(made.shape, generator=generator, dtype=drawn, device="cpu"))
     if made.dtype is torch.bool:
         return made.copy_(_some(made.shape, generator)) if likeness.mask is None else made.fill_(likeness.mask)
-    if likeness.places and rows is not None:
-        return made.copy_(torch.arange(rows).view([-1] + [1] * (made.dim() - 1)))
+    if likeness.places and place is not None:
+        return made.copy_(torch.arange(shape[place.dim]).view([-1] + [1] * (made.dim() - 1 - place.dim)))
     return made.fill_(0)
 
 

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice, pairwise
 
 from torch import fx
 
 from fxsd.reach import HEAVY, MANY, Reach, live
+from fxsd.samples import sample_dims
 from fxsd.values import Kind, is_activation, op_name, written
 
 _CHAIN = {Kind.VIEW, Kind.SCALE, Kind.DROP}
@@ -48,6 +49,7 @@ class Residual:
     kind: str  # "identity" | "projection"
     module: str  # the module whose forward executes the add
     existing: fx.Node | None = None  # stochastic depth that the branch already ends in
+    batch_dim: int = 0  # which dim of its operands holds the samples
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def find(
         branches: `f(x) + g(x) + x`.
     """
     finder = _Finder(Reach(graph, kinds), live(graph), include, holds)
+    dims = sample_dims(graph, kinds)
     for node in graph.nodes:
         if is_add(node):
             finder.judge(node)
@@ -91,7 +94,11 @@ def find(
             finder.reach.add(node, marked=finder.blocks_in(node) > 0)
     finder.leave_out_position_encodings()
     order = finder.reach.index
-    residuals = (residual for sites in finder.accepted.values() for residual in sites)
+    residuals = (
+        replace(residual, batch_dim=dims.get(residual.shortcut, dims.get(residual.branch, 0)))
+        for sites in finder.accepted.values()
+        for residual in sites
+    )
     return Found(
         tuple(sorted(residuals, key=lambda r: (order[r.add], operands(r.add).index(r.branch)))),
         tuple(sorted(finder.rejected.values(), key=lambda r: order[r.add])),

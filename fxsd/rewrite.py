@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -32,7 +33,7 @@ from fxsd.checkpoints import MARK
 from fxsd.graphmodule import META, StochasticGraphModule, build, replace_inside, shallow_tree
 from fxsd.ops import StochasticDepth
 from fxsd.residual import Residual
-from fxsd.rows import counted, fork, merge, spread, take
+from fxsd.rows import Place, counted, fork, merge, spread, take
 from fxsd.sizes import Sizes
 from fxsd.skip import SkipStochasticDepth
 
@@ -117,6 +118,7 @@ def _rewrite_part(
             kind=plan.residual.kind,
             reason=plan.reason,
             weight=plan.weight,
+            batch_dim=plan.residual.batch_dim,
             sync_ranks=sync_ranks,
             device=_device(home, root),
         ).train(home.training)
@@ -184,22 +186,23 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
     with graph.inserting_before(nodes[0]):
         rows = graph.call_module(target, (retired.get(first, first),))
     taken: list[fx.Node] = []
-    for entry, each in {retired.get(entry, entry): each for entry, each in region.entries.items()}.items():
+    dim: dict[str, Any] = Place(residual.batch_dim).as_arguments()
+    for entry, place in {retired.get(entry, entry): place for entry, place in region.entries.items()}.items():
         needs = {entry} if taken else {entry, *region.counts}
         with graph.inserting_before(next(node for node in nodes if not needs.isdisjoint(node.all_input_nodes))):  # after `rows`, perhaps
             args = (entry, rows, True) if region.kept and not taken else (entry, rows)
             if region.merges and entry is sides[0]:
-                both = graph.call_function(fork, args)
+                both = graph.call_function(fork, args, dim)
                 sides = [graph.call_function(operator.getitem, (both, 0))]
                 taken.append(graph.call_function(operator.getitem, (both, 1)))
             else:
-                taken.append(graph.call_function(take, args, {"each": each} if each > 1 else {}))
+                taken.append(graph.call_function(take, args, place.as_arguments()))
         for node in nodes:
             node.replace_input_with(entry, taken[-1])
     for number, times in region.counts.items():
         users = [node for node in nodes if number in node.all_input_nodes]
         with graph.inserting_before(users[0]):
-            size = graph.call_method("size", (taken[0], 0))
+            size = graph.call_method("size", (taken[0], residual.batch_dim))
             one = isinstance(times, int)
             count = graph.call_function(operator.mul, (size, times)) if one else graph.call_function(counted, (size, times, number))
         for node in users:
@@ -208,10 +211,10 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
     if any(node.meta.get(MARK) != add.meta.get(MARK) for node in nodes):  # a checkpoint holds some of the branch
         rows.meta.pop(MARK, None)
     if region.merges:
-        add.op, add.target, add.args, add.kwargs = "call_function", merge, (sides[0], branch, rows, add.args[0] is branch), {}
+        add.op, add.target, add.args, add.kwargs = "call_function", merge, (sides[0], branch, rows, add.args[0] is branch), dim
         return
     with graph.inserting_before(add):
-        add.replace_input_with(branch, graph.call_function(spread, (branch, rows)))
+        add.replace_input_with(branch, graph.call_function(spread, (branch, rows), dim))
 
 
 def _insert_scale(residual: Residual, target: str, retired: Mapping[fx.Node, fx.Node]) -> None:

@@ -20,6 +20,22 @@ from fxsd.one_pass import is_plain, is_transformed, kernels_for
 Times = int | Sequence[int]  # how many times the number of rows a number is, or each of several: 0 if it does not go with them
 
 
+class Place(NamedTuple):
+    """Where a tensor has samples.
+
+    Attributes:
+        dim: what has them.
+        each: how many rows there are for one, in a row.
+    """
+
+    dim: int = 0
+    each: int = 1
+
+    def as_arguments(self) -> dict[str, Any]:
+        """What `take` has to be told."""
+        return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
+
+
 class Rows(NamedTuple):
     """Which rows of a batch a branch runs on.
 
@@ -44,13 +60,16 @@ class Rows(NamedTuple):
     order: Tensor | None = None
 
 
-def take(value: Tensor, rows: Rows, kept: bool = False, each: int = 1) -> Tensor:
+def take(value: Tensor, rows: Rows, kept: bool = False, each: int = 1, dim: int = 0) -> Tensor:
     """The rows of `value` that run: `[batch, ...]` -> `[kept, ...]`. One row that stands for all of them is left as it is.
 
     Args:
         kept: `value` is kept for backward anyway, so that its rows need not be.
         each: how many rows there are for one of the batch, in a row: `[batch * each, ...]` -> `[kept * each, ...]`.
+        dim: what has the rows.
     """
+    if dim:
+        return put_back(take(value.transpose(0, dim), rows, each=each), dim, value)
     if each > 1:
         return take(value.view(rows.batch, each, *value.shape[1:]), rows).flatten(0, 1)
     if value.shape[0] == 1 and rows.batch != 1:
@@ -63,8 +82,11 @@ def take(value: Tensor, rows: Rows, kept: bool = False, each: int = 1) -> Tensor
     return _kept(taken, value, rows.taken) if kept else taken
 
 
-def fork(value: Tensor, rows: Rows, kept: bool = False) -> tuple[Tensor, Tensor]:
-    """`value` itself for the shortcut, and `take(value, rows, kept)` for the branch: one pass less in backward."""
+def fork(value: Tensor, rows: Rows, kept: bool = False, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """`value` itself for the shortcut, and `take(value, rows, kept, dim=dim)` for the branch: one pass less in backward."""
+    if dim:
+        shortcut, taken = fork(value.transpose(0, dim), rows)
+        return shortcut.transpose(0, dim), put_back(taken, dim, value)
     if not rows.none and (rows.taken is None or torch.compiler.is_compiling()):
         return value, take(value, rows, kept)
     shortcut, taken = _apply(_Fork, value, rows.taken, rows.order)
@@ -77,12 +99,18 @@ def _kept(taken: Tensor, value: Tensor, index: Tensor) -> Tensor:
     return taken
 
 
-def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = False) -> Tensor:
+def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = False, dim: int = 0) -> Tensor:
     """`shortcut` plus the branch in the rows that ran: `[batch, ...]`, `[kept, ...]` -> `[batch, ...]`.
 
     The result has the memory format of the first operand, as that of an add has, unless that has its rows in pieces: it decides how fast
     the convolutions after it are.
+
+    Args:
+        branch_first: the branch is the first operand.
+        dim: what has the rows.
     """
+    if dim:
+        return put_back(merge(shortcut.transpose(0, dim), branch.transpose(0, dim), rows, branch_first), dim, shortcut)
     if rows.taken is None and not rows.none:
         branch = _weighted(branch, rows.weight)
         return branch + shortcut if branch_first else shortcut + branch
@@ -93,12 +121,20 @@ def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = Fal
     return _apply(_Merge, shortcut, branch, taken, rows.place, rows.added, rows.order, rows.weight, branch_first)  # type: ignore[no-any-return]
 
 
-def spread(branch: Tensor, rows: Rows) -> Tensor:
-    """The branch in the rows that ran, and zeros in the others: `[kept, ...]` -> `[batch, ...]`."""
+def spread(branch: Tensor, rows: Rows, dim: int = 0) -> Tensor:
+    """The branch in the rows that ran, which `dim` has, and zeros in the others: `[kept, ...]` -> `[batch, ...]`."""
+    if dim:
+        return put_back(spread(branch.transpose(0, dim), rows), dim, branch)
     if rows.taken is None and not rows.none:
         return _weighted(branch, rows.weight)
     zeros = branch.new_zeros(()).expand(rows.batch, *branch.shape[1:])
     return merge(zeros, branch, rows)
+
+
+def put_back(value: Tensor, dim: int, like: Tensor) -> Tensor:
+    """Rows in dim 0 back in `dim`; contiguous if `like` is, which code that comes after may rely on."""
+    value = value.transpose(0, dim)
+    return value.contiguous() if like.is_contiguous() else value
 
 
 def counted(rows: int, times: Times, value: Any) -> Any:

@@ -35,7 +35,7 @@ class SkipStochasticDepth(StochasticDepth):
         like: the place in its rates of branches like this one.
 
     Shape:
-        - Input: any tensor with the batch in dim 0, of which only the size and the device matter.
+        - Input: any tensor with the batch in `batch_dim`, of which only the size and the device matter.
         - Output: `Rows`. With `mask=True` the input is a branch, and the output is that of `StochasticDepth`.
 
     Example:
@@ -69,7 +69,7 @@ class SkipStochasticDepth(StochasticDepth):
     def forward(self, like: Tensor, mask: bool = False) -> Rows | Tensor:  # type: ignore[override]
         if mask:
             return super().forward(like)
-        batch = like.shape[0]
+        batch = like.shape[self.batch_dim]
         if not self.training:
             return Rows(batch, weight=None if self.scaling == "train" else 1.0 - self.drop_rate)
         if torch.compiler.is_compiling():
@@ -167,7 +167,7 @@ class SkipStochasticDepth(StochasticDepth):
 
     def draw_whole(self, like: Tensor) -> Rows:
         """Draws in training whether the branch runs, for `torch.cond`."""
-        return Rows(like.shape[0], weight=self.training_scale(), keep=self.draw_mask([], like.device).bool())
+        return Rows(like.shape[self.batch_dim], weight=self.training_scale(), keep=self.draw_mask([], like.device).bool())
 
     def _masked(self, batch: int, shape: Sequence[int], device: torch.device) -> Rows:
         """All rows, under a mask of a shape."""

@@ -37,7 +37,8 @@ def forced(table: Table) -> Iterator[None]:
     """Inside, the ops of every transformed model in training keep the rows of `table`, unscaled; at least one is computed."""
 
     def mask(self: StochasticDepth, branch: Tensor) -> Tensor:
-        return branch * table(self.site, branch.shape[0]).to(branch.dtype).view([-1] + [1] * (branch.dim() - 1))
+        kept = table(self.site, branch.shape[self.batch_dim]).to(branch.dtype)
+        return branch * kept.view([-1] + [1] * (branch.dim() - 1 - self.batch_dim))
 
     def rows(self: SkipStochasticDepth, batch: int, device: torch.device) -> Rows:
         keep = table(self.site, batch)
