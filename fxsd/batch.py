@@ -72,29 +72,39 @@ class Region:
 
 def find_regions(
     part: Part, residuals: Sequence[Residual], subset_batch_norm: bool = False, all_or_none: bool = False
-) -> list[Region | str]:
-    """The region of each residual add of a part, or a sentence why it has to run on all rows.
+) -> list[tuple[Residual, Region | str]]:
+    """Each residual add of a part, with its samples where shapes show them, and its region, or a sentence why it has to run on all rows.
 
     Runs the branches; the caller restores the model and the random states.
     """
     if part.call is None:
-        return ["it is not known how the part of the model that it is in is called"] * len(residuals)
+        return [(residual, "it is not known how the part of the model that it is in is called") for residual in residuals]
     try:
         batch = Batch(part.module, part.graph, part.call, part.constants)
     except Illegal as error:
-        return [str(error)] * len(residuals)
+        return [(residual, str(error)) for residual in residuals]
     adds = Counter(residual.add for residual in residuals)
-    found: list[Region | str] = []
-    for residual in residuals:
+    found: list[tuple[Residual, Region | str]] = []
+    for residual in map(batch.placed, residuals):
         try:
             region = batch.region(residual, subset_batch_norm, all_or_none)
             inner = adds.keys() & set(region.nodes)
             if adds[residual.add] > 1:  # a sum of two branches
                 region = replace(region, merges=False, stays="its add is the sum of two branches")
-            found.append(f"its branch holds another site, {next(iter(inner)).name}" if inner else region)
+            found.append((residual, f"its branch holds another site, {next(iter(inner)).name}" if inner else region))
         except Illegal as error:
-            found.append(str(error))
+            found.append((residual, str(error)))
     return found
+
+
+def find_samples(part: Part, residuals: Sequence[Residual]) -> list[Residual]:
+    """The residual adds of a part with their samples where shapes show them, if they do."""
+    if part.call is None:
+        return list(residuals)
+    try:
+        return list(map(Batch(part.module, part.graph, part.call, part.constants).placed, residuals))
+    except Illegal:
+        return list(residuals)
 
 
 def no_gain(region: Region, drop_rate: float, all_or_none: bool = False) -> str:
@@ -164,6 +174,14 @@ class Batch:
         finally:
             examples.close()
         return values
+
+    def placed(self, residual: Residual) -> Residual:
+        """The residual add with its samples where shapes show them, if they do."""
+        values = [value[residual.add] for value in self.values]
+        if not all(isinstance(value, Tensor) for value in values):
+            return residual
+        dims = _differing(*(value.shape for value in values))
+        return replace(residual, batch_dim=dims[0], placed=True) if len(dims) == 1 else residual
 
     def region(self, residual: Residual, subset_batch_norm: bool = False, all_or_none: bool = False) -> Region:
         """The region of a branch.
@@ -369,7 +387,7 @@ class Batch:
             if isinstance(first, Tensor):
                 if first.shape == second.shape:
                     continue
-                dims = [dim for dim, (a, b) in enumerate(zip(first.shape, second.shape, strict=False)) if a != b]
+                dims = _differing(first.shape, second.shape)
                 each = _times(first.shape[dims[0]], second.shape[dims[0]], rows) if len(dims) == 1 else None
                 if not isinstance(each, int) or first.dim() != second.dim():
                     raise Illegal(f"{node.name}, which enters the branch, has the batch in no dim of its own: {list(first.shape)}")
@@ -482,6 +500,11 @@ def _each(leaf: Tensor, batch: int) -> int:
     if not leaf.dim():
         return 0
     return 1 if leaf.shape[0] == batch else 0 if leaf.shape[0] % max(batch, 1) else leaf.shape[0] // max(batch, 1)
+
+
+def _differing(first: torch.Size, second: torch.Size) -> list[int]:
+    """The dims in which two shapes differ."""
+    return [dim for dim, (a, b) in enumerate(zip(first, second, strict=False)) if a != b]
 
 
 def _times(first: Any, second: Any, rows: tuple[int, int]) -> Times | None:

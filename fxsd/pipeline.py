@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxsd import residual
-from fxsd.batch import Region, find_regions, no_gain
+from fxsd.batch import Region, find_regions, find_samples, no_gain
 from fxsd.capture import Captured, Part, capture
 from fxsd.capture.programs import within
 from fxsd.capture.snapshot import unchanged
@@ -55,7 +55,7 @@ def transform(
         drop_rate: probability that a branch is dropped, in [0, 1]; spread over depth by `drop_distribution`.
         drop_distribution: `"linear"`, `"uniform"`, `"huang"`, `"efficientnet"`, `"exponential"`; a callable `f(depth, depths)` that gives
             a factor of `drop_rate`; a sequence with one rate a depth; or a mapping from globs of site names to rates.
-        stochastic_method: `"sample"`: each sample (dim 0) draws for itself. `"block"`: one draw for the whole batch.
+        stochastic_method: `"sample"`: each sample draws for itself: dim 0 of the inputs, followed to where the add has it. `"block"`: one draw for the whole batch.
         target_layer_name: only sites inside these modules: class names, or globs of module paths.
         include: globs of module paths whose adds are taken even where the rules of `fxsd.residual` say no.
         exclude: globs of module paths whose sites are left out.
@@ -218,6 +218,8 @@ def _plan(model: nn.Module, options: Options) -> _Planned:
     )
     if options.compute != "mask":
         plans = _with_regions(captured, plans, options)
+    elif options.example_inputs is not None and not all(plan.residual.placed for plan in plans):
+        plans = _placed(captured, plans)
     eval_residuals: dict[str, Residual] = {}
     for part in captured.parts:
         own = [plan.name for plan in plans if plan.residual.add.graph is part.graph]
@@ -233,7 +235,7 @@ def _plan(model: nn.Module, options: Options) -> _Planned:
 
 def _with_regions(captured: Captured, plans: Sequence[Plan], options: Options) -> tuple[Plan, ...]:
     """The plans with what is skipped at each, or why nothing is."""
-    found: dict[str, Region | str] = {}
+    found: dict[str, tuple[Residual, Region | str]] = {}
     with unchanged(captured.model) as snapshot:
         for part in captured.parts:
             own = [plan for plan in plans if plan.residual.add.graph is part.graph]
@@ -242,7 +244,19 @@ def _with_regions(captured: Captured, plans: Sequence[Plan], options: Options) -
                 regions = find_regions(part, adds, options.subset_batch_norm, options.stochastic_method == "block")
                 found |= dict(zip([plan.name for plan in own], regions, strict=True))
         snapshot.restore(captured.model)
-    return tuple(_with_region(plan, found[plan.name], options) for plan in plans)
+    return tuple(_with_region(replace(plan, residual=found[plan.name][0]), found[plan.name][1], options) for plan in plans)
+
+
+def _placed(captured: Captured, plans: Sequence[Plan]) -> tuple[Plan, ...]:
+    """The plans with the samples where shapes show them."""
+    found: dict[str, Residual] = {}
+    with unchanged(captured.model) as snapshot:
+        for part in captured.parts:
+            own = [plan for plan in plans if plan.residual.add.graph is part.graph]
+            if not all(plan.residual.placed for plan in own):
+                found |= dict(zip([plan.name for plan in own], find_samples(part, [plan.residual for plan in own]), strict=True))
+        snapshot.restore(captured.model)
+    return tuple(replace(plan, residual=found.get(plan.name, plan.residual)) for plan in plans)
 
 
 def _with_region(plan: Plan, region: Region | str, options: Options) -> Plan:

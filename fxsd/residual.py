@@ -18,7 +18,7 @@ Pure reading of a graph: no edits, no rates, no modules. The rules, in the order
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice, pairwise
 
@@ -50,6 +50,7 @@ class Residual:
     module: str  # the module whose forward executes the add
     existing: fx.Node | None = None  # stochastic depth that the branch already ends in
     batch_dim: int = 0  # which dim of its operands holds the samples
+    placed: bool = False  # is that known?
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,16 @@ def find(
             finder.reach.add(node, marked=finder.blocks_in(node) > 0)
     finder.leave_out_position_encodings()
     order = finder.reach.index
-    residuals = (
-        replace(residual, batch_dim=dims.get(residual.shortcut, dims.get(residual.branch, 0)))
-        for sites in finder.accepted.values()
-        for residual in sites
-    )
+    residuals = (_placed(residual, dims) for sites in finder.accepted.values() for residual in sites)
     return Found(
         tuple(sorted(residuals, key=lambda r: (order[r.add], operands(r.add).index(r.branch)))),
         tuple(sorted(finder.rejected.values(), key=lambda r: order[r.add])),
     )
+
+
+def _placed(residual: Residual, dims: Mapping[fx.Node, int]) -> Residual:
+    dim = dims.get(residual.shortcut, dims.get(residual.branch))
+    return residual if dim is None else replace(residual, batch_dim=dim, placed=True)
 
 
 def is_add(node: fx.Node) -> bool:

@@ -45,8 +45,9 @@ def _followed(node: fx.Node, source: fx.Node, dim: int, kinds: Mapping[fx.Node, 
         return dim
     name = op_name(node)
     if name == "getitem" and isinstance(node.args[1], int):
-        whole = source.op in ("placeholder", "call_module") or kinds[source] is Kind.OPAQUE or op_name(source) in _SEVERAL
-        return dim if whole else _indexed(dim, (node.args[1],))
+        called = source.op == "call_module" and kinds[source] is Kind.MIX
+        several = source.op == "placeholder" or called or kinds[source] is Kind.OPAQUE or op_name(source) in _SEVERAL
+        return dim if several else _indexed(dim, (node.args[1],))
     if name == "einsum":
         return _einsum(node, source, dim)
     if name in ("assign_item", "assign_property"):

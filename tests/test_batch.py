@@ -144,18 +144,27 @@ def test_a_literal_batch_in_a_reshape_is_a_reason():
     assert all("does not run with" in reason for reason in found)
 
 
-def test_a_batch_elsewhere_than_in_dim_0_is_a_reason():
-    class Sequence(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.f = mlp()
+class Elsewhere(nn.Module):
+    """A stream with its batch in dim 1, which nobody can tell without shapes, or in no dim."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = x.transpose(0, 1)
-            return (x + self.f(x)).transpose(0, 1)
+    def __init__(self, spread: bool) -> None:
+        super().__init__()
+        self.spread, self.f = spread, mlp()
 
-    assert reasons(Sequence(), tokens(2)) == ["the batch is not in dim 0 of its branch"]
-    check_rows(Sequence(), tokens)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1).reshape(TOKENS, -1, WIDTH)
+        x = x.reshape(x.shape[1], x.shape[1], -1, WIDTH) if self.spread else x
+        return x + self.f(x)
+
+
+def test_a_batch_in_another_dim_is_found_by_shapes():
+    assert reasons(Elsewhere(False), tokens(2)) == [""]
+    check_rows(Elsewhere(False), tokens)
+
+
+def test_a_batch_in_no_dim_of_its_own_is_a_reason():
+    (reason,) = reasons(Elsewhere(True), tokens(TOKENS))
+    assert "not run with" in reason or reason == "the batch is not in dim 0 of its branch"
 
 
 def test_batch_norm_is_a_reason_unless_it_is_allowed():
