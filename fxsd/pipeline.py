@@ -55,7 +55,8 @@ def transform(
         drop_rate: probability that a branch is dropped, in [0, 1]; spread over depth by `drop_distribution`.
         drop_distribution: `"linear"`, `"uniform"`, `"huang"`, `"efficientnet"`, `"exponential"`; a callable `f(depth, depths)` that gives
             a factor of `drop_rate`; a sequence with one rate a depth; or a mapping from globs of site names to rates.
-        stochastic_method: `"sample"`: each sample draws for itself: dim 0 of the inputs, followed to where the add has it. `"block"`: one draw for the whole batch.
+        stochastic_method: `"sample"`: each sample draws for itself; samples are dim 0 of the inputs, followed to where the add has them.
+            `"block"`: one draw for the whole batch.
         target_layer_name: only sites inside these modules: class names, or globs of module paths.
         include: globs of module paths whose adds are taken even where the rules of `fxsd.residual` say no.
         exclude: globs of module paths whose sites are left out.
