@@ -246,3 +246,44 @@ def test_a_torch_transformer_encoder_is_captured_whole():
     for each in model.layers:
         expected = each.norm2(each.norm1(expected))
     assert torch.allclose(gm(x), expected, atol=1e-6)
+
+
+class Decoder(nn.Module):
+    """Gives all its levels in training, and the last one in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = []
+        for layer in self.layers:
+            x = x + layer(x)
+            levels.append(x)
+        return torch.stack(levels if self.training else levels[-1:])
+
+
+class Detector(nn.Module):
+    """Takes the best of what the decoder gives, as many as there are, in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = Decoder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.decoder(x).squeeze(0)
+        if self.training:
+            return found
+        return found.flatten(1).topk(min(20, found.shape[1] * 8), dim=1)[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_module_gives_in_a_mode_is_what_decisions_in_that_mode_see(training: bool):
+    model = Detector().train(training)
+    gm = fxsd.transform(model, scaling="train", example_inputs=(torch.randn(2, 5, 8),))
+    assert len(fxsd.sites(gm)) == 3
+    fxsd.set_drop_rate(gm, 0.0)
+    for batch in (2, 4):
+        x = torch.randn(batch, 5, 8)
+        for mode in (True, False):
+            assert torch.equal(gm.train(mode)(x), model.train(mode)(x))

@@ -88,7 +88,8 @@ class Examples:
         module = self._root.get_submodule(path)
         state = {name: self._fake(t) for name, t in (*module.named_parameters(), *module.named_buffers())}
         try:
-            return self._run(module, state, args, kwargs)
+            with in_mode(module, self._training):
+                return self._run(module, state, args, kwargs)
         except Exception:
             with in_mode(module, False):  # what a module only looks at in training, NaNs for example, has no say in shapes
                 return self._run(module, state, args, kwargs)
