@@ -11,6 +11,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
+from math import inf
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxsd.capture import Part
-from fxsd.capture.calls import Call, without_values
+from fxsd.capture.calls import Call, Place, batch_of, without_values
 from fxsd.capture.examples import Examples, computed
 from fxsd.capture.modes import in_mode
 from fxsd.capture.signature import bind
@@ -27,7 +28,7 @@ from fxsd.errors import told
 from fxsd.flops import flop_counter
 from fxsd.probe import MASKS, PLAIN, Illegal, Likeness, Probe, awake, is_drawn, random_like
 from fxsd.residual import Residual
-from fxsd.rows import Place, Times
+from fxsd.rows import Times
 from fxsd.values import bases, is_plain_add, written
 
 SIZES = (4, 6)  # of the batch, to see what goes with it
@@ -80,7 +81,7 @@ def find_regions(
     if part.call is None:
         return [(residual, "it is not known how the part of the model that it is in is called") for residual in residuals]
     try:
-        batch = Batch(part.module, part.graph, part.call, part.constants)
+        batch = Batch(part.module, part.graph, part.call, part.constants, part.places)
     except Illegal as error:
         return [(residual, str(error)) for residual in residuals]
     adds = Counter(residual.add for residual in residuals)
@@ -102,7 +103,7 @@ def find_samples(part: Part, residuals: Sequence[Residual]) -> list[Residual]:
     if part.call is None:
         return list(residuals)
     try:
-        return list(map(Batch(part.module, part.graph, part.call, part.constants).placed, residuals))
+        return list(map(Batch(part.module, part.graph, part.call, part.constants, part.places).placed, residuals))
     except Illegal:
         return list(residuals)
 
@@ -126,12 +127,20 @@ class Batch:
         graph: its training program.
         call: an example of how it is called; the tensors in it may be without data.
         constants: tensors made while tracing.
+        places: where the tensors in the call have samples; if it is not known, dim 0 of the first has them.
 
     Raises:
         Illegal: the graph does not run at another batch size, nothing tells what the batch is, or the module has no data.
     """
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, call: Call, constants: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        graph: fx.Graph,
+        call: Call,
+        constants: dict[str, Tensor],
+        places: Sequence[Place | None] | None = None,
+    ) -> None:
         if any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers())):
             raise Illegal("the model is on the meta device, where no branch can be run to see what its samples have to do with each other")
         self.module, self.constants = module, constants
@@ -141,15 +150,18 @@ class Batch:
         self.versions: dict[tuple[fx.Node, fx.Node], int] = {}  # (user, value) -> how often value had been written into
         with torch.no_grad(), in_mode(module, True):
             try:
-                self.values = [self._follow(graph, call, size) for size in SIZES]
+                self._follow_both(graph, call, places or _likely(call, 1))
             except Illegal:
-                if not _has_many(call):
+                if places or _likely(call, 1) == _likely(call, inf):
                     raise
-                self.values = [self._follow(graph, call, size, many=True) for size in SIZES]
+                self._follow_both(graph, call, _likely(call, inf))
 
-    def _follow(self, graph: fx.Graph, call: Call, size: int, many: bool = False) -> dict[fx.Node, Any]:
+    def _follow_both(self, graph: fx.Graph, call: Call, places: Sequence[Place | None]) -> None:
+        self.values = [self._follow(graph, call, places, size) for size in SIZES]
+
+    def _follow(self, graph: fx.Graph, call: Call, places: Sequence[Place | None], size: int) -> dict[fx.Node, Any]:
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        call = _resized(without_values(call, fakes), size, fakes, many)
+        call = _resized(without_values(call, fakes), places, size, fakes)
         binding = bind(self.module.__dict__.get("forward") or self.module.forward, call)
         examples = Examples(self.module, binding.fixed | binding.example, self.constants, True, nullcontext, fakes)
         self.attribute = examples.attribute
@@ -462,44 +474,40 @@ def _unused(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _resized(call: Call, size: int, fakes: FakeTensorMode, many: bool) -> Call:
-    """The call with another number of samples.
+def _resized(call: Call, places: Sequence[Place | None], size: int, fakes: FakeTensorMode) -> Call:
+    """The call with another number of samples."""
 
-    Args:
-        many: inputs that have several rows for each sample, as a mask for each head of attention, go with the batch too.
-    """
-    batch = _batch_of(call)
-
-    def resized(leaf: Tensor) -> Tensor:
-        each = _each(leaf, batch)
-        if not each or (each > 1 and not many):
+    def resized(leaf: Any, place: Place | None) -> Any:
+        if place is None:
             return leaf
+        shape = list(leaf.shape)
+        shape[place.dim] = size * place.each
         with fakes:
-            return torch.empty((size * each, *leaf.shape[1:]), dtype=leaf.dtype, device=leaf.device)
+            return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
 
-    found: Call = torch.utils._pytree.tree_map_only(Tensor, resized, call)
+    leaves, spec = torch.utils._pytree.tree_flatten(call)
+    found: Call = torch.utils._pytree.tree_unflatten(list(map(resized, leaves, places)), spec)
     return found
 
 
-def _has_many(call: Call) -> bool:
-    """Are there inputs that may have several rows for each sample?"""
-    batch = _batch_of(call)
-    return any(_each(leaf, batch) > 1 for leaf in torch.utils._pytree.tree_leaves(call) if isinstance(leaf, Tensor))
+def _likely(call: Call, most: float) -> list[Place | None]:
+    """Where each leaf of a call seems to have samples: in dim 0, if there are rows for each.
 
-
-def _batch_of(call: Call) -> int:
-    """How many samples there are, which is what dim 0 of the first tensor is."""
-    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
-    if not leaves:
+    Args:
+        most: how many rows there may be for one, as in a mask for each head of attention.
+    """
+    batch = batch_of(call)
+    if batch is None:
         raise Illegal("no tensor among the example inputs tells what the batch is")
-    return int(leaves[0].shape[0])
 
+    def place(leaf: Any) -> Place | None:
+        rows = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else None
+        if rows is None or rows == batch:
+            return None if rows is None else Place()
+        each = 0 if rows % max(batch, 1) else rows // max(batch, 1)
+        return Place(0, each) if 0 < each <= most else None
 
-def _each(leaf: Tensor, batch: int) -> int:
-    """How many rows there are for each sample, if not 0."""
-    if not leaf.dim():
-        return 0
-    return 1 if leaf.shape[0] == batch else 0 if leaf.shape[0] % max(batch, 1) else leaf.shape[0] // max(batch, 1)
+    return list(map(place, torch.utils._pytree.tree_leaves(call)))
 
 
 def _differing(first: torch.Size, second: torch.Size) -> list[int]:

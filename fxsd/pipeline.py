@@ -182,7 +182,9 @@ def _plan(model: nn.Module, options: Options) -> _Planned:
     def find(part: Part, graph: fx.Graph, holds: Callable[[fx.Node], int] = lambda node: 0) -> Found:
         modules = dict(part.module.named_modules(remove_duplicate=False))
         found_kinds = kinds(graph, modules.__getitem__, {part.to_local(path) for path in part.drop_paths})
-        return residual.find(graph, found_kinds, lambda module: _matches(module, options.include), holds)
+        found = residual.find(graph, found_kinds, lambda module: _matches(module, options.include), holds)
+        # What enters the model has samples in dim 0, but not what enters a part of it.
+        return replace(found, residuals=tuple(replace(r, placed=False) for r in found.residuals)) if part.places else found
 
     captured = capture(model, options.example_inputs, lambda part: {r.module for r in find(part, part.graph).residuals})
     if options.existing == "error" and captured.drop_paths:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxsd.capture.calls import Place
 from fxsd.capture.examples import computed
 from fxsd.capture.modes import in_mode
 from fxsd.errors import told
 from fxsd.residual import Residual
-from fxsd.rows import Place, Times, counted, empty_in_format, put_back
+from fxsd.rows import Times, counted, empty_in_format, put_back
 from fxsd.versions import NO_COND
 
 ROWS = 3  # of random numbers

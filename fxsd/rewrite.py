@@ -29,11 +29,12 @@ from torch import fx, nn
 
 from fxsd.batch import Region
 from fxsd.capture import Captured, Part
+from fxsd.capture.calls import Place
 from fxsd.checkpoints import MARK
 from fxsd.graphmodule import META, StochasticGraphModule, build, replace_inside, shallow_tree
 from fxsd.ops import StochasticDepth
 from fxsd.residual import Residual
-from fxsd.rows import Place, counted, fork, merge, spread, take
+from fxsd.rows import counted, fork, merge, spread, take
 from fxsd.sizes import Sizes
 from fxsd.skip import SkipStochasticDepth
 

@@ -20,22 +20,6 @@ from fxsd.one_pass import is_plain, is_transformed, kernels_for
 Times = int | Sequence[int]  # how many times the number of rows a number is, or each of several: 0 if it does not go with them
 
 
-class Place(NamedTuple):
-    """Where a tensor has samples.
-
-    Attributes:
-        dim: what has them.
-        each: how many rows there are for one, in a row.
-    """
-
-    dim: int = 0
-    each: int = 1
-
-    def as_arguments(self) -> dict[str, Any]:
-        """What `take` has to be told."""
-        return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
-
-
 class Rows(NamedTuple):
     """Which rows of a batch a branch runs on.
 

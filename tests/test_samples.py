@@ -184,3 +184,29 @@ def test_rows_that_run_keep_the_layout_that_views_rely_on():
     assert [site.compute for site in sites] == ["skip"] * 2
     gm = fxsd.transform(Views().double(), 0.5, drop_distribution="uniform", compute="skip", example_inputs=tokens(2))
     torch.compile(gm, fullgraph=True, backend="aot_eager")(*tokens(4)).sum().backward()
+
+
+class Decides(nn.Module):
+    """Stays Python, since it decides on values; its blocks, which are captured each by itself, get the sequence first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(WIDTH, 2, 16, 0.0, norm_first=True) for _ in range(2))
+
+    def forward(self, x: Tensor, pad: Tensor) -> Tensor:
+        mask = pad.repeat_interleave(2, 0)[:, None].expand(-1, x.shape[1], -1) if pad.any() else None
+        x = x.transpose(0, 1)
+        for block in self.blocks:
+            x = block(x, src_mask=mask)
+        return x.transpose(0, 1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_samples_are_found_in_parts_of_a_model(masked: bool):
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        return (*tokens(batch), (torch.arange(5) >= 3).expand(batch, -1) & masked)
+
+    torch.manual_seed(0)
+    assert [site.compute for site in check_rows(Decides(), inputs)] == ["skip"] * 4
+    gm = fxsd.transform(Decides().double(), 0.5, example_inputs=inputs(2))
+    assert {op.batch_dim for op in gm.modules() if isinstance(op, StochasticDepth)} == {1}

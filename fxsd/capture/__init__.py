@@ -7,14 +7,14 @@ around them stays what runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxsd.capture.calls import Call, Run, as_call, observed
+from fxsd.capture.calls import Call, Place, Run, as_call, batch_of, observed, places, twice
 from fxsd.capture.droppath import drop_paths
 from fxsd.capture.hidden import hidden_residual_adds
 from fxsd.capture.patches import KeepsState
@@ -39,6 +39,7 @@ class Part:
     drop_paths: Set[str] = frozenset()  # modules in it that are stochastic depth already
     constants: dict[str, torch.Tensor] = field(default_factory=dict)  # tensors made while tracing
     call: Call | None = None  # how it is called in training, where that is known
+    places: Sequence[Place | None] | None = None  # where the tensors in the call have samples, where that was seen
 
     @property
     def graph(self) -> fx.Graph:
@@ -129,10 +130,12 @@ class _Capturer:
         self.reached: set[nn.Module] = set()  # their own code is in a graph
         self.tried: set[nn.Module] = set()
         self._runs: dict[bool, Run] = {}  # by mode
+        self._doubled: Run | None = None
 
     def captured(self) -> Captured:
         order = {path: place for place, path in enumerate(self.run(False).calls)} if len(self.parts) > 1 else {}
         parts = sorted(self.parts, key=lambda part: order.get(part.path, len(order)))
+        parts = [replace(part, places=self.places(part)) for part in parts]
         hidden: dict[str, int] = {}
         for path in sorted(self.failed, key=lambda path: -path.count(".") - bool(path)):  # inner ones first
             module = self.model.get_submodule(path)
@@ -252,6 +255,17 @@ class _Capturer:
         """How the module at `path` is called, by what tells the calls apart; {None: None} where it is not known."""
         unknown: dict[Any, Call | None] = {None: self.call if not path else None}
         return unknown if not path else self.run(training).calls.get(path) or self.run(not training).calls.get(path) or unknown
+
+    def places(self, part: Part) -> list[Place | None] | None:
+        """Where the tensors in the call of a part have samples: what differs in another run, where there are twice as many."""
+        if not part.path or part.call is None or self.call is None or not (batch := batch_of(self.call)):
+            return None
+        if self._doubled is None:
+            assert self.fakes is not None
+            self._doubled = observed(self.model, twice(self.call), self.fakes, True)
+            self.snapshot.restore(self.model)
+        calls = self._doubled.calls.get(part.path)
+        return None if not calls else places(part.call, next(iter(calls.values())), batch)
 
     def run(self, training: bool) -> Run:
         if training not in self._runs:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,54 @@ def without_values(value: Any, fakes: FakeTensorMode) -> Any:
     """A copy of `value`, objects of any class included, whose tensors have shapes and no data."""
     with FakeCopyMode(fakes):
         return copy.deepcopy(value)
+
+
+class Place(NamedTuple):
+    """Where a tensor has samples.
+
+    Attributes:
+        dim: what has them.
+        each: how many rows there are for one, in a row.
+    """
+
+    dim: int = 0
+    each: int = 1
+
+    def as_arguments(self) -> dict[str, Any]:
+        """What `fxsd.rows.take` has to be told."""
+        return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
+
+
+def batch_of(call: Call) -> int | None:
+    """How many samples there are, which is what dim 0 of the first tensor is."""
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
+    return int(leaves[0].shape[0]) if leaves else None
+
+
+def twice(call: Call) -> Call:
+    """The call with every sample twice."""
+    batch = batch_of(call)
+
+    def doubled(leaf: Tensor) -> Tensor:
+        return torch.cat((leaf, leaf)) if leaf.dim() and leaf.shape[0] == batch else leaf
+
+    found: Call = torch.utils._pytree.tree_map_only(Tensor, doubled, call)
+    return found
+
+
+def places(call: Call, doubled: Call, batch: int) -> list[Place | None] | None:
+    """Where each leaf of `call` has samples, by how it differs where there are twice as many; None if more differs."""
+    leaves, spec = torch.utils._pytree.tree_flatten(call)
+    others, other_spec = torch.utils._pytree.tree_flatten(doubled)
+    return [_place(a, b, batch) for a, b in zip(leaves, others, strict=True)] if spec == other_spec else None
+
+
+def _place(leaf: Any, doubled: Any, batch: int) -> Place | None:
+    if not isinstance(leaf, Tensor) or not isinstance(doubled, Tensor) or leaf.dim() != doubled.dim():
+        return None
+    dims = [dim for dim, (a, b) in enumerate(zip(leaf.shape, doubled.shape, strict=True)) if a != b]
+    rows = leaf.shape[dims[0]] if len(dims) == 1 else 0
+    return Place(dims[0], rows // batch) if rows and not rows % batch and doubled.shape[dims[0]] == 2 * rows else None
 
 
 @dataclass(frozen=True)
