@@ -210,3 +210,23 @@ def test_samples_are_found_in_parts_of_a_model(masked: bool):
     assert [site.compute for site in check_rows(Decides(), inputs)] == ["skip"] * 4
     gm = fxsd.transform(Decides().double(), 0.5, example_inputs=inputs(2))
     assert {op.batch_dim for op in gm.modules() if isinstance(op, StochasticDepth)} == {1}
+
+
+class Queries(nn.Module):
+    """Learned queries, the same for every sample, read a memory with the sequence first, as in DETR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.read = nn.Parameter(torch.randn(3, WIDTH)), nn.MultiheadAttention(WIDTH, 2)
+        self.norm, self.f = nn.LayerNorm(WIDTH), nn.Sequential(nn.Linear(WIDTH, 12), nn.GELU(), nn.Linear(12, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, memory = self.queries.unsqueeze(1).repeat(1, x.shape[0], 1), x.transpose(0, 1)
+        q = q + self.read(self.norm(q), memory, memory)[0]
+        return (q + self.f(self.norm(q))).transpose(0, 1)
+
+
+def test_samples_come_in_by_the_branch_where_the_shortcut_has_none():
+    ops = [op for op in fxsd.transform(Queries(), 0.5).modules() if isinstance(op, StochasticDepth)]
+    assert [op.batch_dim for op in ops] == [1, 1]
+    assert len(check_rows(Queries(), tokens)) == 2
