@@ -325,6 +325,9 @@ class Batch:
         for node in reversed(nodes):
             if node in apart and not found.isdisjoint(node.users):
                 found.add(node)
+        for node in nodes:
+            if node in apart and any(arg in found and self._holds_tensors(arg) for arg in node.all_input_nodes):
+                found.add(node)
         return found
 
     def _likenesses(self, outside: Iterable[fx.Node], entries: Mapping[fx.Node, Place]) -> list[list[Likeness]]:

@@ -37,7 +37,7 @@ MOVES: dict[str, Callable[[Tensor], Any]] = {
     "stack": lambda x: torch.stack((x, x)).sum(0),
     "unbind": lambda x: torch.stack((x, 2 * x), 1).unbind(1)[1],
     "select": lambda x: torch.stack((x, x), dim=3).select(3, 0),
-    "chunk": lambda x: torch.cat(x.chunk(2, 3), 3),
+    "chunk": lambda x: torch.cat((x.chunk(2, 3)[1], x.chunk(2, 3)[0]), 3),
     "index": lambda x: torch.stack((x, x), 0)[0],
     "slice": lambda x: x[:, :, 1:].repeat_interleave(2, 2),
     "mean": lambda x: x.mean(2, keepdim=True),
@@ -69,7 +69,7 @@ def shape_dim(moves: list[str]) -> int | None:
     """Where shapes at two batch sizes show the batch; None if the moves do not run, or it is in no one dim."""
     try:
         small, large = (Moves(moves)(torch.empty(batch, *INPUT[1:], device="meta")).shape for batch in (14, 22))
-    except (RuntimeError, IndexError, ValueError):
+    except (RuntimeError, IndexError, ValueError, TypeError):
         return None
     dims = [dim for dim, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
     return dims[0] if len(dims) == 1 else None
