@@ -427,6 +427,32 @@ class Then(nn.Module):
         return self.then(x + self.branch(x))
 
 
+class Bias(nn.Module):
+    """Keeps a bias for the longest input so far, as ALiBi does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("slope", torch.tensor(0.5))
+        self.register_buffer("bias", None, persistent=False)
+
+    def forward(self, length: int) -> Tensor:
+        if self.bias is None or self.bias.shape[0] < length:
+            self.register_buffer("bias", torch.arange(length) * self.slope, persistent=False)
+        return self.bias[:length]
+
+
+class Biased(Then):
+    def __init__(self) -> None:
+        super().__init__(Then(nn.Identity()))
+        self.bias = Bias()
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias(x.shape[-1])
+        if bias.shape[0] != x.shape[1]:
+            bias = bias[:1]
+        return self.then(x + self.branch(x) + bias)
+
+
 class CountsItself(Then):
     uses = True
 
@@ -481,6 +507,15 @@ def test_a_module_that_computes_with_what_it_kept_stays_a_call(kind: type[nn.Mod
     gm = fxsd.transform(copy.deepcopy(model), 0.0, example_inputs=examples)
     assert isinstance(gm, torch.fx.GraphModule)
     assert len(fxsd.sites(gm)) == 1
+    check_calls(model, gm)
+
+
+def test_a_module_that_keeps_what_it_computed_from_sizes_stays_a_call():
+    model = Biased()
+    gm = fxsd.transform(copy.deepcopy(model), 0.0, example_inputs=(torch.rand(4, WIDTH),))
+    assert isinstance(gm, torch.fx.GraphModule)
+    assert len(fxsd.sites(gm)) == 2
+    assert gm.bias.bias is None
     check_calls(model, gm)
 
 

@@ -200,7 +200,9 @@ class _Capturer:
                 inner.__dict__.update(values)
             try:
                 tracer.trace_model(module, call)
-                tracer.kept = {inner: written for inner in module.modules() if (written := self.snapshot.written(inner))}
+                # What stays a call keeps what it keeps; here it ran to see what it gives.
+                own = (inner for name, inner in module.named_modules(prefix=path) if not any(within(name, leaf) for leaf in tracer.leaves))
+                tracer.kept = {inner: written for inner in own if (written := self.snapshot.written(inner))}
             finally:  # the next trace must not see the values of this one
                 changed = self.snapshot.restore(module)
                 tracer.close()
