@@ -460,8 +460,18 @@ class _Finder:
         """The add around all of a network, with one residual block and other work in its branch: the block is numbered, it is not."""
         if block not in self.accepted or _NUMBERED.search(owner(outer.add)) or not _NUMBERED.search(owner(block)):
             return False
+        if self._joins_parts(self.accepted[block][0]):
+            return False
         parts = [(outer.fork, self.accepted[block][0].fork), (block, outer.branch)]
         return any(not self.reach.summary(a, b).kinds.isdisjoint(_WORK) for a, b in parts if self.reach.is_ancestor(a, b))
+
+    def _joins_parts(self, site: Residual) -> bool:
+        """Is its shortcut made of one part of a value, and its branch of others too: values, and queries and keys?"""
+        for part, whole in pairwise(self._chain(site.shortcut, _CHAIN | _LIGHT | {Kind.LINEAR})):
+            parts = self._parts(whole)
+            if part in parts:
+                return any(other not in parts[part] and self.reach.is_ancestor(other, site.branch) for other in parts)
+        return False
 
     def leave_out_position_encodings(self) -> None:
         """Takes back `x + act(conv(x))` where a module adds it once, ahead of the numbered blocks that it runs."""

@@ -1097,6 +1097,42 @@ def LongSkipOverOneBlock() -> LongSkip:
     return LongSkip(1)
 
 
+class LocalAttention(nn.Module):
+    """Attention that adds its values, convolved or as they are, to what it gives."""
+
+    def __init__(self, project: bool) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.local = nn.Linear(WIDTH, WIDTH) if project else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        found = torch.softmax(q @ k.transpose(1, 2), -1) @ v
+        return self.out(found + self.local(v))
+
+
+class ValuesBesideAttention(nn.Module):
+    """The model adds what its layers give; in one of them is a sum of two parts of a value."""
+
+    def __init__(self, project: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([LocalAttention(project), mlp()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) + x
+        return x
+
+    def dropped(self, drop: Drop, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = drop(layer(x)) + x
+        return x
+
+
+def ValuesAddedToAttention() -> ValuesBesideAttention:
+    return ValuesBesideAttention(project=False)
+
+
 class NumberedOuter(nn.Module):
     """The outer add belongs to a numbered block, so that it is the block, whatever its branch is made of."""
 
@@ -1670,6 +1706,8 @@ CASES = (
     Case(OuterInOneForward, rows, (IDENTITY, IDENTITY)),
     Case(ParallelSumInBranch, rows, (IDENTITY, IDENTITY, IDENTITY)),
     Case(LongSkipOverOneBlock, rows, (("body.0", "identity"),), ("it is a long skip over the residual block",)),
+    Case(ValuesBesideAttention, tokens, (IDENTITY, IDENTITY), ("inside the branch",)),
+    Case(ValuesAddedToAttention, tokens, (IDENTITY, IDENTITY), ("inside the branch",)),
     Case(NumberedOuter, rows, (("blocks.0", "identity"),), ("it lies inside the branch of the residual add",)),
     Case(AroundOneBlock, rows, (IDENTITY,), ("it lies inside the branch of the residual add",)),
     Case(LongSkip, rows, tuple((f"body.{i}", "identity") for i in range(3)), (LONG_SKIP,)),
