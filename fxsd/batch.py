@@ -130,7 +130,7 @@ class Batch:
         places: where the tensors in the call have samples; if it is not known, dim 0 of the first has them.
 
     Raises:
-        Illegal: the graph does not run at another batch size, nothing tells what the batch is, or the module has no data.
+        Illegal: nothing tells what the batch is, or the module has no data.
     """
 
     def __init__(
@@ -149,17 +149,25 @@ class Batch:
         self.flops: dict[fx.Node, int] = {}  # at the first size
         self.versions: dict[tuple[fx.Node, fx.Node], int] = {}  # (user, value) -> how often value had been written into
         with torch.no_grad(), in_mode(module, True):
-            try:
-                self._follow_both(graph, call, places or _likely(call, 1))
-            except Illegal:
-                if places or _likely(call, 1) == _likely(call, inf):
-                    raise
+            self._follow_both(graph, call, places or _likely(call, 1))
+            if self.why and not places and _likely(call, 1) != _likely(call, inf):
+                end = self.end
                 self._follow_both(graph, call, _likely(call, inf))
+                if self.end <= end:
+                    self._follow_both(graph, call, _likely(call, 1))
 
     def _follow_both(self, graph: fx.Graph, call: Call, places: Sequence[Place | None]) -> None:
-        self.values = [self._follow(graph, call, places, size) for size in SIZES]
+        """Follows the graph as far as it runs: what comes later, a loss that decides on values, is no matter to what comes before."""
+        runs = [self._follow(graph, call, places, size) for size in SIZES]
+        self.values = [values for values, _ in runs]
+        self.end = min(map(len, self.values))  # of the nodes that ran at both sizes
+        self.why = next(why for values, why in runs if len(values) == self.end)
+        unseen = torch.empty(0)
+        for values in self.values:
+            values.update((node, unseen) for node, place in self.index.items() if place >= self.end)
 
-    def _follow(self, graph: fx.Graph, call: Call, places: Sequence[Place | None], size: int) -> dict[fx.Node, Any]:
+    def _follow(self, graph: fx.Graph, call: Call, places: Sequence[Place | None], size: int) -> tuple[dict[fx.Node, Any], str]:
+        """The values of the nodes up to the first that fails, and why it does, "" if none does."""
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
         call = _resized(without_values(call, fakes), places, size, fakes)
         binding = bind(self.module.__dict__.get("forward") or self.module.forward, call)
@@ -180,12 +188,12 @@ class Batch:
                     try:
                         values[node] = examples.value(node)
                     except Exception as error:
-                        raise Illegal(f"the model does not run with {size} samples: {node.name} fails ({told(error)})") from error
+                        return values, f"the model does not run with {size} samples: {node.name} fails ({told(error)})"
                     if first:
                         self.flops[node] = counter.get_total_flops() - before
         finally:
             examples.close()
-        return values
+        return values, ""
 
     def placed(self, residual: Residual) -> Residual:
         """The residual add with its samples where shapes show them, if they do."""
@@ -206,6 +214,8 @@ class Batch:
         Raises:
             Illegal: it has to run on all rows.
         """
+        if self.index[residual.add] >= self.end:
+            raise Illegal(self.why)
         nodes = self._between(residual)
         fixed = self._fixed(nodes)
         self._check_rows(residual)

@@ -142,7 +142,32 @@ def test_classes_are_none(classes: int):
 
 
 def test_a_literal_batch_in_a_reshape_is_a_reason():
-    found = reasons(Planted(lambda x: x.reshape(2, -1).reshape(2, TOKENS, WIDTH)), tokens(2))
+    before, *found = reasons(Planted(lambda x: x.reshape(2, -1).reshape(2, TOKENS, WIDTH)), tokens(2))
+    assert before == ""
+    assert len(found) == 2
+    assert all("does not run with" in reason for reason in found)
+
+
+def test_what_comes_later_and_decides_on_values_is_no_matter():
+    class Loss(Planted):
+        def forward(self, x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            y = super().forward(x)
+            return y, y[known].square().sum() + self.f(y[known]).sum()
+
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        return (*tokens(batch), torch.arange(TOKENS) < 1 + torch.arange(batch)[:, None] % 3)
+
+    assert reasons(Loss(torch.sin), inputs(2)) == ["", "", ""]
+    check_rows(Loss(torch.sin), inputs)
+
+
+def test_what_comes_earlier_and_does_not_run_is_a_reason():
+    class Early(Planted):
+        def forward(self, x: Tensor, known: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x + x[known].mean())
+
+    found = reasons(Early(torch.sin), (*tokens(2), torch.ones(2, TOKENS, dtype=torch.bool)))
+    assert len(found) == 3
     assert all("does not run with" in reason for reason in found)
 
 
