@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import inf
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxsd.capture import Part
-from fxsd.capture.calls import Call, Place, batch_of, without_values
+from fxsd.capture.calls import Call, Place, batch_of, differing, without_values
 from fxsd.capture.examples import Examples, computed
 from fxsd.capture.modes import in_mode
 from fxsd.capture.signature import bind
@@ -78,10 +78,8 @@ def find_regions(
 
     Runs the branches; the caller restores the model and the random states.
     """
-    if part.call is None:
-        return [(residual, "it is not known how the part of the model that it is in is called") for residual in residuals]
     try:
-        batch = Batch(part.module, part.graph, part.call, part.constants, part.places)
+        batch = Batch(part)
     except Illegal as error:
         return [(residual, str(error)) for residual in residuals]
     adds = Counter(residual.add for residual in residuals)
@@ -100,10 +98,8 @@ def find_regions(
 
 def find_samples(part: Part, residuals: Sequence[Residual]) -> list[Residual]:
     """The residual adds of a part with their samples where shapes show them, if they do."""
-    if part.call is None:
-        return list(residuals)
     try:
-        return list(map(Batch(part.module, part.graph, part.call, part.constants, part.places).placed, residuals))
+        return list(map(Batch(part).placed, residuals))
     except Illegal:
         return list(residuals)
 
@@ -119,88 +115,89 @@ def no_gain(region: Region, drop_rate: float, all_or_none: bool = False) -> str:
     return ""
 
 
+@dataclass
+class _Followed:
+    """A graph at one batch size.
+
+    Attributes:
+        values: of the nodes up to the first that fails.
+        flops: of each, counted at the first size.
+        versions: (user, value) -> how often the value had been written into.
+        why: that node fails, "" if none does.
+    """
+
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    flops: dict[fx.Node, int] = field(default_factory=dict)
+    versions: dict[tuple[fx.Node, fx.Node], int] = field(default_factory=dict)
+    why: str = ""
+
+
 class Batch:
     """How the values of a graph go with the batch.
 
     Args:
-        module: what `graph` was captured from.
-        graph: its training program.
-        call: an example of how it is called; the tensors in it may be without data.
-        constants: tensors made while tracing.
-        places: where the tensors in the call have samples; if it is not known, dim 0 of the first has them.
+        part: whose training program is followed. If it is not known where its call has samples, dim 0 of the first tensor has them.
 
     Raises:
-        Illegal: nothing tells what the batch is, or the module has no data.
+        Illegal: it is not known how it is called, nothing tells what the batch is, or the module has no data.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        graph: fx.Graph,
-        call: Call,
-        constants: dict[str, Tensor],
-        places: Sequence[Place | None] | None = None,
-    ) -> None:
-        if any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers())):
+    def __init__(self, part: Part) -> None:
+        if part.call is None:
+            raise Illegal("it is not known how the part of the model that it is in is called")
+        if any(tensor.is_meta for tensor in chain(part.module.parameters(), part.module.buffers())):
             raise Illegal("the model is on the meta device, where no branch can be run to see what its samples have to do with each other")
-        self.module, self.constants = module, constants
+        self.module, self.constants, graph = part.module, part.constants, part.graph
         self.index = {node: place for place, node in enumerate(graph.nodes)}
         self.bases, self.unused = bases(graph), _unused(graph)
-        self.flops: dict[fx.Node, int] = {}  # at the first size
-        self.versions: dict[tuple[fx.Node, fx.Node], int] = {}  # (user, value) -> how often value had been written into
-        with torch.no_grad(), in_mode(module, True):
-            self._follow_both(graph, call, places or _likely(call, 1))
-            if self.why and not places and _likely(call, 1) != _likely(call, inf):
-                end = self.end
-                self._follow_both(graph, call, _likely(call, inf))
-                if self.end <= end:
-                    self._follow_both(graph, call, _likely(call, 1))
+        guesses = [part.places] if part.places else [_likely(part.call, 1), _likely(part.call, inf)]
+        followed: list[list[_Followed]] = []
+        with torch.no_grad(), in_mode(part.module, True):
+            for guess in guesses if guesses[0] != guesses[-1] else guesses[:1]:
+                followed.append([self._follow(graph, part.call, guess, size) for size in SIZES])
+                if not any(run.why for run in followed[-1]):
+                    break
+        # As far as it runs: what comes later, a loss that decides on values, is no matter to what comes before.
+        runs = max(followed, key=lambda runs: min(len(run.values) for run in runs))
+        shorter = min(runs, key=lambda run: len(run.values))
+        self.end, self.why = len(shorter.values), shorter.why  # how many nodes ran at both sizes
+        self.flops, self.versions = runs[0].flops, runs[0].versions
+        unseen = dict.fromkeys((node for node, place in self.index.items() if place >= self.end), torch.empty(0))
+        self.values = [run.values | unseen for run in runs]
 
-    def _follow_both(self, graph: fx.Graph, call: Call, places: Sequence[Place | None]) -> None:
-        """Follows the graph as far as it runs: what comes later, a loss that decides on values, is no matter to what comes before."""
-        runs = [self._follow(graph, call, places, size) for size in SIZES]
-        self.values = [values for values, _ in runs]
-        self.end = min(map(len, self.values))  # of the nodes that ran at both sizes
-        self.why = next(why for values, why in runs if len(values) == self.end)
-        unseen = torch.empty(0)
-        for values in self.values:
-            values.update((node, unseen) for node, place in self.index.items() if place >= self.end)
-
-    def _follow(self, graph: fx.Graph, call: Call, places: Sequence[Place | None], size: int) -> tuple[dict[fx.Node, Any], str]:
-        """The values of the nodes up to the first that fails, and why it does, "" if none does."""
+    def _follow(self, graph: fx.Graph, call: Call, places: Sequence[Place | None], size: int) -> _Followed:
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
         call = _resized(without_values(call, fakes), places, size, fakes)
         binding = bind(self.module.__dict__.get("forward") or self.module.forward, call)
         examples = Examples(self.module, binding.fixed | binding.example, self.constants, True, nullcontext, fakes)
         self.attribute = examples.attribute
-        values: dict[fx.Node, Any] = {}
+        found = _Followed()
         counter = flop_counter()
-        first = size == SIZES[0]
         try:
-            with counter if first else nullcontext():
+            with counter if size == SIZES[0] else nullcontext():
                 for node in graph.nodes:
                     if node.op == "output":
                         break
                     for arg in node.all_input_nodes:
-                        if isinstance(values[arg], Tensor):
-                            self.versions[node, arg] = values[arg]._version
+                        if isinstance(found.values[arg], Tensor):
+                            found.versions[node, arg] = found.values[arg]._version
                     before = counter.get_total_flops()
                     try:
-                        values[node] = examples.value(node)
+                        found.values[node] = examples.value(node)
                     except Exception as error:
-                        return values, f"the model does not run with {size} samples: {node.name} fails ({told(error)})"
-                    if first:
-                        self.flops[node] = counter.get_total_flops() - before
+                        found.why = f"the model does not run with {size} samples: {node.name} fails ({told(error)})"
+                        break
+                    found.flops[node] = counter.get_total_flops() - before
         finally:
             examples.close()
-        return values, ""
+        return found
 
     def placed(self, residual: Residual) -> Residual:
         """The residual add with its samples where shapes show them, if they do."""
         values = [value[residual.add] for value in self.values]
         if not all(isinstance(value, Tensor) for value in values):
             return residual
-        dims = _differing(*(value.shape for value in values))
+        dims = differing(*(value.shape for value in values))
         return replace(residual, batch_dim=dims[0], placed=True) if len(dims) == 1 else residual
 
     def region(self, residual: Residual, subset_batch_norm: bool = False, all_or_none: bool = False) -> Region:
@@ -412,7 +409,7 @@ class Batch:
             if isinstance(first, Tensor):
                 if first.shape == second.shape:
                     continue
-                dims = _differing(first.shape, second.shape)
+                dims = differing(first.shape, second.shape)
                 each = _times(first.shape[dims[0]], second.shape[dims[0]], rows) if len(dims) == 1 else None
                 if not isinstance(each, int) or first.dim() != second.dim():
                     raise Illegal(f"{node.name}, which enters the branch, has the batch in no dim of its own: {list(first.shape)}")
@@ -523,17 +520,12 @@ def _likely(call: Call, most: float) -> list[Place | None]:
     return list(map(place, torch.utils._pytree.tree_leaves(call)))
 
 
-def _differing(first: torch.Size, second: torch.Size) -> list[int]:
-    """The dims in which two shapes differ."""
-    return [dim for dim, (a, b) in enumerate(zip(first, second, strict=False)) if a != b]
-
-
 def _times(first: Any, second: Any, rows: tuple[int, int]) -> Times | None:
     """How many times the number of rows a whole number is, or each of several; None if that is not what they are."""
     if isinstance(first, int):
         times = first // rows[0]
         return times if (first, second) == (times * rows[0], times * rows[1]) else None
-    if type(first) not in (torch.Size, tuple, list) or len(first) != len(second):
+    if type(first) not in (torch.Size, tuple) or len(first) != len(second):
         return None
     each = [0 if _same(a, b) else _times(a, b, rows) for a, b in zip(first, second, strict=True)]
     return [times for times in each if isinstance(times, int)] if all(isinstance(times, int) for times in each) else None

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import fx, nn
 
@@ -27,6 +28,8 @@ from fxsd.residual import Found, RejectedAdd, Residual
 from fxsd.rewrite import Plan, rewrite
 from fxsd.site import ResidualSite
 from fxsd.values import kinds
+
+T = TypeVar("T")
 
 
 def transform(
@@ -237,29 +240,28 @@ def _plan(model: nn.Module, options: Options) -> _Planned:
 
 
 def _with_regions(captured: Captured, plans: Sequence[Plan], options: Options) -> tuple[Plan, ...]:
-    """The plans with what is skipped at each, or why nothing is."""
-    found: dict[str, tuple[Residual, Region | str]] = {}
-    with unchanged(captured.model) as snapshot:
-        for part in captured.parts:
-            own = [plan for plan in plans if plan.residual.add.graph is part.graph]
-            if own:
-                adds = [plan.residual for plan in own]
-                regions = find_regions(part, adds, options.subset_batch_norm, options.stochastic_method == "block")
-                found |= dict(zip([plan.name for plan in own], regions, strict=True))
-        snapshot.restore(captured.model)
+    """The plans with what is skipped at each, or why nothing is, and with the samples where shapes show them."""
+    find = partial(find_regions, subset_batch_norm=options.subset_batch_norm, all_or_none=options.stochastic_method == "block")
+    found = _by_part(captured, plans, find)
     return tuple(_with_region(replace(plan, residual=found[plan.name][0]), found[plan.name][1], options) for plan in plans)
 
 
 def _placed(captured: Captured, plans: Sequence[Plan]) -> tuple[Plan, ...]:
     """The plans with the samples where shapes show them."""
-    found: dict[str, Residual] = {}
+    found = _by_part(captured, [plan for plan in plans if not plan.residual.placed], find_samples)
+    return tuple(replace(plan, residual=found.get(plan.name, plan.residual)) for plan in plans)
+
+
+def _by_part(captured: Captured, plans: Sequence[Plan], find: Callable[[Part, list[Residual]], list[T]]) -> dict[str, T]:
+    """What `find` says of the sites of each part, by their names. It may run the model."""
+    found: dict[str, T] = {}
     with unchanged(captured.model) as snapshot:
         for part in captured.parts:
             own = [plan for plan in plans if plan.residual.add.graph is part.graph]
-            if not all(plan.residual.placed for plan in own):
-                found |= dict(zip([plan.name for plan in own], find_samples(part, [plan.residual for plan in own]), strict=True))
+            if own:
+                found |= dict(zip([plan.name for plan in own], find(part, [plan.residual for plan in own]), strict=True))
         snapshot.restore(captured.model)
-    return tuple(replace(plan, residual=found.get(plan.name, plan.residual)) for plan in plans)
+    return found
 
 
 def _with_region(plan: Plan, region: Region | str, options: Options) -> Plan:

@@ -187,7 +187,7 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
     with graph.inserting_before(nodes[0]):
         rows = graph.call_module(target, (retired.get(first, first),))
     taken: list[fx.Node] = []
-    dim: dict[str, Any] = Place(residual.batch_dim).as_arguments()
+    dim = _told(Place(residual.batch_dim))
     for entry, place in {retired.get(entry, entry): place for entry, place in region.entries.items()}.items():
         needs = {entry} if taken else {entry, *region.counts}
         with graph.inserting_before(next(node for node in nodes if not needs.isdisjoint(node.all_input_nodes))):  # after `rows`, perhaps
@@ -197,7 +197,7 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
                 sides = [graph.call_function(operator.getitem, (both, 0))]
                 taken.append(graph.call_function(operator.getitem, (both, 1)))
             else:
-                taken.append(graph.call_function(take, args, place.as_arguments()))
+                taken.append(graph.call_function(take, args, _told(place)))
         for node in nodes:
             node.replace_input_with(entry, taken[-1])
     for number, times in region.counts.items():
@@ -216,6 +216,11 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
         return
     with graph.inserting_before(add):
         add.replace_input_with(branch, graph.call_function(spread, (branch, rows), dim))
+
+
+def _told(place: Place) -> dict[str, Any]:
+    """What functions of rows have to be told of a place: what is not as usual."""
+    return {name: value for name, value in place._asdict().items() if value != getattr(Place(), name)}
 
 
 def _insert_scale(residual: Residual, target: str, retired: Mapping[fx.Node, fx.Node]) -> None:

@@ -122,11 +122,11 @@ def put_back(value: Tensor, dim: int, like: Tensor) -> Tensor:
 
 
 def counted(rows: int, times: Times, value: Any) -> Any:
-    """What stands for `value`, a number or a size, a tuple or a list of them, where so many rows run."""
+    """What stands for `value`, a number, or a size or tuple of them, where so many rows run."""
     if isinstance(times, int):
         return times * rows
-    each = [number * rows if number else own for number, own in zip(times, value, strict=True)]
-    return torch.Size(each) if isinstance(value, torch.Size) else type(value)(each)
+    each = tuple(number * rows if number else own for number, own in zip(times, value, strict=True))
+    return torch.Size(each) if isinstance(value, torch.Size) else each
 
 
 def _weighted(branch: Tensor, weight: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import transformers as hf
-from draws import check_rows
+from draws import check_rows, left_out
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -22,10 +22,8 @@ from torchvision import models as vision
 
 import fxsd
 from fxsd.batch import Region, no_gain
-from fxsd.versions import NO_COND
 
 WIDTH, TOKENS = 4, 3
-left_out = pytest.mark.skipif(bool(NO_COND), reason=f"torch {torch.__version__}: {NO_COND}")
 
 
 @pytest.fixture(autouse=True)
@@ -172,15 +170,16 @@ def test_what_comes_earlier_and_does_not_run_is_a_reason():
 
 
 class Elsewhere(nn.Module):
-    """A stream with its batch in dim 1, which nobody can tell without shapes, or in no dim."""
+    """A stream with its batch in dim 1, which nobody can tell without shapes, or in two dims."""
 
-    def __init__(self, spread: bool) -> None:
+    def __init__(self, pairs: bool) -> None:
         super().__init__()
-        self.spread, self.f = spread, mlp()
+        self.pairs, self.f = pairs, mlp()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.transpose(0, 1).reshape(TOKENS, -1, WIDTH)
-        x = x.reshape(x.shape[1], x.shape[1], -1, WIDTH) if self.spread else x
+        flat = x.flatten(1)
+        pairs = (flat @ flat.T)[..., None].expand(-1, -1, WIDTH)
+        x = pairs if self.pairs else x.transpose(0, 1).reshape(TOKENS, -1, WIDTH)
         return x + self.f(x)
 
 
@@ -190,8 +189,9 @@ def test_a_batch_in_another_dim_is_found_by_shapes():
 
 
 def test_a_batch_in_no_dim_of_its_own_is_a_reason():
-    (reason,) = reasons(Elsewhere(True), tokens(TOKENS))
-    assert "not run with" in reason or reason == "the batch is not in dim 0 of its branch"
+    (reason,) = reasons(Elsewhere(True), tokens(2))
+    assert "has the batch in no dim of its own: [4, 4, 4]" in reason
+    check_rows(Elsewhere(True), tokens)
 
 
 def test_batch_norm_is_a_reason_unless_it_is_allowed():
@@ -339,7 +339,8 @@ class CachedHeads(Cached):
         heads = (*shape, -1, 2)
         q, k, v = (project(h).view(heads).transpose(1, 2) for project in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        return x + self.out(mixed.reshape([*shape, WIDTH]) if self.kind is tuple else mixed.flatten(2).view(*shape, -1)), {"k": k, "v": v}
+        mixed = mixed.reshape([*shape, WIDTH]) if self.kind is tuple else mixed.flatten(2).view(*shape, -1)
+        return x + self.out(mixed.view(self.kind(h.shape))), {"k": k, "v": v}
 
 
 KINDS = [SharedNorm, TwoBranches, Cached, partial(CachedHeads, lambda size: size), partial(CachedHeads, tuple), partial(CachedHeads, list)]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from draws import left_out
 from memory import kept_bytes
 from ranks import Block
 from torch import Tensor, fx, nn
@@ -20,7 +21,6 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 import fxsd
 from fxsd.ops import StochasticDepth
 from fxsd.skip import SkipStochasticDepth
-from fxsd.versions import NO_COND
 
 MODES = list(itertools.product(("sample", "block"), ("mask", "skip")))
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
@@ -128,7 +128,7 @@ def test_compiled_code_computes_the_same_again(method: str, compute: str) -> Non
         check_equal(found, expected)
 
 
-@pytest.mark.skipif(bool(NO_COND), reason=f"torch {torch.__version__}: {NO_COND}")
+@left_out
 def test_compiled_code_checkpoints_some_blocks_and_leaves_out_others() -> None:
     class Some(Net):
         def forward(self, x: Tensor) -> Tensor:

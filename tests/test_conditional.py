@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchvision
+from draws import left_out
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torchvision.models.convnext import CNBlockConfig
@@ -19,9 +20,6 @@ import fxsd
 from fxsd import probe
 from fxsd.ops import StochasticDepth
 from fxsd.skip import SkipStochasticDepth
-from fxsd.versions import NO_COND
-
-left_out = pytest.mark.skipif(bool(NO_COND), reason=f"torch {torch.__version__}: {NO_COND}")
 
 
 class Block(nn.Module):

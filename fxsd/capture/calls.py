@@ -69,10 +69,6 @@ class Place(NamedTuple):
     dim: int = 0
     each: int = 1
 
-    def as_arguments(self) -> dict[str, Any]:
-        """What `fxsd.rows.take` has to be told."""
-        return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
-
 
 def batch_of(call: Call) -> int | None:
     """How many samples there are, which is what dim 0 of the first tensor is."""
@@ -91,6 +87,11 @@ def twice(call: Call) -> Call:
     return found
 
 
+def differing(first: torch.Size, second: torch.Size) -> list[int]:
+    """The dims in which two shapes differ."""
+    return [dim for dim, (a, b) in enumerate(zip(first, second, strict=False)) if a != b]
+
+
 def places(call: Call, doubled: Call, batch: int) -> list[Place | None] | None:
     """Where each leaf of `call` has samples, by how it differs where there are twice as many; None if more differs."""
     leaves, spec = torch.utils._pytree.tree_flatten(call)
@@ -101,7 +102,7 @@ def places(call: Call, doubled: Call, batch: int) -> list[Place | None] | None:
 def _place(leaf: Any, doubled: Any, batch: int) -> Place | None:
     if not isinstance(leaf, Tensor) or not isinstance(doubled, Tensor) or leaf.dim() != doubled.dim():
         return None
-    dims = [dim for dim, (a, b) in enumerate(zip(leaf.shape, doubled.shape, strict=True)) if a != b]
+    dims = differing(leaf.shape, doubled.shape)
     rows = leaf.shape[dims[0]] if len(dims) == 1 else 0
     return Place(dims[0], rows // batch) if rows and not rows % batch and doubled.shape[dims[0]] == 2 * rows else None
 
