@@ -5,36 +5,36 @@ from __future__ import annotations
 from collections import Counter
 from functools import cache
 
-# Besides one for each kind. With them a ViT of twelve blocks took 1.3 to 1.5 times the time without to compile; with all that its rates
-# ask for, 2.1 times, and a Swin 1.6 times.
-_MORE = 6
-
 
 @cache
-def levels(kinds: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+def levels(kinds: tuple[tuple[int, ...], ...], more: int) -> tuple[tuple[int, ...], ...]:
     """The numbers of rows to run on with which the fewest rows run in all, if sites round up to the next one of their kind.
-
-    There are at most six more than the one that each kind needs.
 
     Args:
         kinds: for each kind of branch, how many rows each of its sites has to run.
+        more: how many numbers there may be besides the one that each kind needs.
 
     Returns:
         For each kind its numbers, the largest first: some of its `rows`.
 
     Example:
-        >>> levels(((16, 15, 14, 13, 12, 12, 11, 10), (16, 12)))
+        >>> levels(((16, 15, 14, 13, 12, 12, 11, 10), (16, 12)), 6)
         ((16, 14, 13, 12, 11, 10), (16, 12))
     """
-    best = [_best(rows, 1 + _MORE) for rows in kinds]
+    best = [_best(rows, 1 + more) for rows in kinds]
     chosen = [1] * len(kinds)
-    for _ in range(_MORE):
+    for _ in range(more):
         # One more saves the less the more there are, so that taking the best one each time is best in all.
         saved = [totals[count - 1][0] - totals[count][0] if count < len(totals) else 0 for totals, count in zip(best, chosen, strict=True)]
         if not any(saved):
             break
         chosen[saved.index(max(saved))] += 1
     return tuple(totals[count - 1][1] for totals, count in zip(best, chosen, strict=True))
+
+
+def next_level(numbers: tuple[int, ...], own: int) -> int:
+    """The number that a site rounds up to."""
+    return min(number for number in numbers if number >= own)
 
 
 def _best(rows: tuple[int, ...], most: int) -> list[tuple[int, tuple[int, ...]]]:

@@ -123,6 +123,9 @@ class StochasticDepth(nn.Module):
             self.drop_rate.fill_(drop_rate)
         self._follow(_in_float32(drop_rate))
 
+    def settle(self) -> None:
+        """The rates of all sites are set."""
+
     def train(self, mode: bool = True) -> StochasticDepth:
         super().train(mode)
         if mode and not self.drop_rate.is_meta:

@@ -97,18 +97,14 @@ def _rewrite_part(
     twins = {plan.name: eval_residuals[plan.name] for plan in plans if plan.name in eval_residuals}
     retired = _retire(root, [*(plan.residual for plan in plans), *twins.values()])
     numbers: dict[nn.Module, Iterator[int]] = defaultdict(count)  # of the ops in one module
-    regions = [(plan.region.work, plan.drop_rate) for plan in plans if plan.region is not None]
-    kinds = list(dict.fromkeys(work for work, _ in regions))  # branches are alike that have as much work
-    rates = tuple(tuple(rate for work, rate in regions if work == kind) for kind in kinds)
-    sizes = Sizes(rates, vary=not any(plan.region.strided for plan in plans if plan.region is not None))
+    sizes = Sizes(vary=not any(plan.region.strided for plan in plans if plan.region is not None))
     for plan in plans:
         path = part.to_local(plan.residual.module)
         home = root.get_submodule(path)
         make: Callable[..., StochasticDepth] = StochasticDepth
         if plan.region is not None:
             whole = stochastic_method == "block" and not plan.region.stays
-            like = kinds.index(plan.region.work)
-            make = partial(SkipStochasticDepth, least_rows=plan.region.least_rows, conditional=whole, sizes=sizes, like=like)
+            make = partial(SkipStochasticDepth, least_rows=plan.region.least_rows, conditional=whole, sizes=sizes, work=plan.region.work)
         op = make(
             plan.drop_rate,
             stochastic_method,

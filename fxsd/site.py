@@ -106,6 +106,8 @@ def set_drop_rate(gm: nn.Module, drop_rate: float) -> None:
         )
     for op in ops:
         op.set_drop_rate(rate * op.weight)
+    for op in ops:
+        op.settle()
 
 
 def start_step(gm: nn.Module, step: int) -> None:

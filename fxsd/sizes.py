@@ -1,69 +1,140 @@
 """How many rows the sites of one graph run on in compiled code: a constant of it, or a variable.
 
 Compiled code has kernels of its own for each constant. With variables sites share their kernels, and numbers can move without another
-graph; but each takes time to compile, most of all where it is in strides.
+graph; but each takes time to compile, most of all where it is in strides. So there are few of either, and sites round up to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fxsd.levels import levels
+from fxsd.levels import levels, next_level
 from fxsd.versions import SIZES_MOVE
+
+PARTS = 1 << 40  # keep_prob in whole parts: a size that compiled code may compute with
+SLACK = 1 << 20  # parts of a row that are rounding, not rate
+
+# Constants besides one for each kind of branch. With them a ViT of twelve blocks took 1.3 to 1.5 times the time without to compile; with
+# all that its rates ask for, 2.1 times, and a Swin 1.6 times.
+_MORE_CONSTANTS = 6
+# Where variables may take their place.
+_MORE_BEFORE_VARIABLES = 4
+# With one, two, four and six variables, a ViT of 24 sites took 1.49, 1.52, 1.56 and 1.65 times the time without to compile.
+_VARIABLES = 4
+_LOST = 0.05  # of the rows that could be left out: what sites that share a variable may run more than at first
+_GROUPINGS = 2
+
+
+@dataclass
+class _Site:
+    kind: object
+    least: int
+    parts: int
+
+    def rows(self, batch: int) -> int:
+        return at_least(self.least, rows_kept(batch, self.parts), batch)
 
 
 class Sizes:
     """What the sites of one graph that skip know of each other.
 
     Args:
-        rates: their drop rates, those of like branches together.
-        vary: numbers of rows may be variables from the start where rates ask for many; else they are rounded up, so that there are few.
+        vary: numbers of rows may be variables from the start where rates ask for many.
+
+    Attributes:
+        moved: has a rate been another one?
     """
 
-    def __init__(self, rates: Sequence[Sequence[float]], vary: bool = False) -> None:
-        self.rates, self.vary = rates, vary and SIZES_MOVE
-        self._now: dict[str, int] = {}  # the rate of each site, in parts
-        self._groups: dict[str, int | str] = {}  # of sites that share a variable
-        self._made: dict[tuple[int | str, int], Tensor] = {}
+    def __init__(self, vary: bool = False) -> None:
+        self.vary = vary and SIZES_MOVE
+        self.moved = False
+        self._sites: dict[str, _Site] = {}
+        self._groups: dict[str, int] = {}  # of sites that share a variable
+        self._groupings, self._lost_at_first = 0, 0.0
+        self._settled = True
+        self._made: dict[tuple[int, int], Tensor] = {}
+
+    def add(self, site: str, kind: object, least: int, parts: int) -> None:
+        """A site that keeps so many parts of a batch, and whose branch, like others of its kind, needs so many rows at least."""
+        self._sites[site] = _Site(kind, least, parts)
 
     def follow(self, site: str, parts: int) -> None:
-        """A site has this rate now."""
-        self._now[site] = parts
+        """A site has another rate."""
+        self._sites[site].parts, self.moved, self._settled = parts, True, False
+        for group, batch in self._made:
+            if group == self._groups[site]:
+                self._resize(group, batch)
 
-    def before_moves(self, like: int, own: int, rows: Callable[[float], int], device: torch.device) -> tuple[int, bool]:
-        """On how many rows a site runs whose rate has not moved, and whether that is a variable.
-
-        Args:
-            like: the place in `rates` of branches like its own.
-            own: how many it has to run.
-            rows: how many a site of a rate has to.
-            device: of the batch.
-        """
-        kinds = tuple(tuple(map(rows, rates)) for rates in self.rates)
-        numbers = levels(kinds)
-        if self.vary and device.type == "cpu" and any(set(rows) != set(few) for rows, few in zip(kinds, numbers, strict=True)):
-            # On an H200, with CUDA graphs, a ConvNeXt with variables compiled 1.5 times as long as rounded up, and its steps took twice as
-            # long.
-            return own, True
-        return min((number for number in numbers[like] if number >= own), default=own), False
-
-    def group(self) -> None:
-        """Code is compiled: sites of one rate share a variable. Once their rates part, each has its own for good.
-
-        With one variable a ViT of 24 sites took 1.2 times the time without to compile, with 24 of them 2.1 times.
-        """
+    def of(self, site: str, batch: int, device: torch.device) -> tuple[Tensor, bool]:
+        """A tensor with as many rows as compiled code has to run of a batch, and whether it takes the number for a variable."""
         if not self._groups:
-            self._groups = dict(self._now)
-        elif len({(group, self._now[site]) for site, group in self._groups.items()}) > len(set(self._groups.values())):
-            self._groups = {site: site for site in self._now}
+            self._group()
+        if self.moved or self._varies(batch, device):
+            return self._variable(self._groups[site], batch), True
+        own = self._sites[site]
+        kinds = self._kinds(batch)
+        numbers = levels(tuple(map(tuple, kinds.values())), _MORE_CONSTANTS)[list(kinds).index(own.kind)]
+        return torch.empty(next_level(numbers, own.rows(batch)), 0, device="cpu"), False
 
-    def variable(self, site: str, batch: int, rows: int) -> Tensor:
-        """A tensor of so many rows, of which compiled code takes the number for a variable: the same one for all that share it."""
-        group = self._groups[site], batch
-        if group not in self._made or self._made[group].shape[0] != rows:
-            self._made[group] = torch.empty(rows, 0, device="cpu")
-            torch._dynamo.maybe_mark_dynamic(self._made[group], 0)
-        return self._made[group]
+    def settle(self) -> None:
+        """All rates are set: where too many rows run now, other sites are to share a variable."""
+        if self._settled:
+            return
+        self._settled = True
+        if self._groups and self._lost() > self._lost_at_first + _LOST:
+            self._made.clear()
+            self._group()
+
+    def _lost(self) -> float:
+        """The share of the rows that could be left out that run all the same, since sites share variables."""
+        parts = {name: site.parts for name, site in self._sites.items()}
+        most = {group: self._most(group) for group in set(self._groups.values())}
+        return sum(most[self._groups[name]] - own for name, own in parts.items()) / max(sum(PARTS - own for own in parts.values()), 1)
+
+    def _varies(self, batch: int, device: torch.device) -> bool:
+        # On an H200, with CUDA graphs, a ConvNeXt with variables compiled 1.5 times as long as rounded up; its steps took twice as long.
+        more = sum(len(set(rows)) - 1 for rows in self._kinds(batch).values())
+        return self.vary and device.type == "cpu" and more > _MORE_BEFORE_VARIABLES
+
+    def _kinds(self, batch: int) -> dict[object, list[int]]:
+        kinds: dict[object, list[int]] = {}
+        for site in self._sites.values():
+            kinds.setdefault(site.kind, []).append(site.rows(batch))
+        return kinds
+
+    def _group(self) -> None:
+        """Sites of about one rate share a variable. Where rates go apart again and again each has its own, for good."""
+        self._groupings += 1
+        if self._groupings > _GROUPINGS:
+            self._groups = {name: place for place, name in enumerate(self._sites)}
+        else:
+            (numbers,) = levels((tuple(site.parts for site in self._sites.values()),), _VARIABLES - 1)
+            self._groups = {name: numbers.index(next_level(numbers, site.parts)) for name, site in self._sites.items()}
+        self._lost_at_first = self._lost()
+
+    def _variable(self, group: int, batch: int) -> Tensor:
+        if (group, batch) not in self._made:
+            self._made[group, batch] = torch.empty(0, 0, device="cpu")
+            self._resize(group, batch)
+            torch._dynamo.maybe_mark_dynamic(self._made[group, batch], 0)
+        return self._made[group, batch]
+
+    def _resize(self, group: int, batch: int) -> None:
+        least = max(self._sites[name].least for name, other in self._groups.items() if other == group)
+        self._made[group, batch].resize_(at_least(least, rows_kept(batch, self._most(group)), batch), 0)
+
+    def _most(self, group: int) -> int:
+        return max(self._sites[name].parts for name, other in self._groups.items() if other == group)
+
+
+def rows_kept(batch: int, parts: int) -> int:
+    """How many rows may be kept."""
+    return (batch * parts + PARTS - 1 - SLACK) // PARTS
+
+
+def at_least(least: int, rows: int, batch: int) -> int:
+    """So many rows, but one, and no fewer than a branch needs."""
+    return min(max(rows, least, 1), batch)

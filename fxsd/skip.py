@@ -17,11 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fxsd.ops import StochasticDepth
 from fxsd.rows import Rows
-from fxsd.sizes import Sizes
+from fxsd.sizes import PARTS, SLACK, Sizes, at_least, rows_kept
 from fxsd.versions import SIZES_MOVE, has_static_value
-
-_PARTS = 1 << 40  # keep_prob in whole parts: a size that compiled code may compute with
-_SLACK = 1 << 20  # parts of a row that are rounding, not rate
 
 
 class SkipStochasticDepth(StochasticDepth):
@@ -32,7 +29,7 @@ class SkipStochasticDepth(StochasticDepth):
         least_rows: how many rows the branch must get, those of weight 0 included; it may need one, or two for batch statistics.
         conditional: compiled code may leave the branch out by `torch.cond`; only for `"block"`.
         sizes: shared by all sites of a graph that skip.
-        like: the place in its rates of branches like this one.
+        work: of the branch; those of as much work are alike.
 
     Shape:
         - Input: any tensor with the batch in `batch_dim`, of which only the size and the device matter.
@@ -56,14 +53,13 @@ class SkipStochasticDepth(StochasticDepth):
         least_rows: int = 1,
         conditional: bool = False,
         sizes: Sizes | None = None,
-        like: int = 0,
+        work: object = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(drop_rate, *args, **kwargs)
         self.least_rows, self.conditional = least_rows, conditional
-        self.sizes, self.like = sizes or Sizes(((drop_rate,),)), like
-        self.sizes.follow(self.site, self._keep_parts)
-        self.moved = False  # has the rate been another one?
+        self.sizes = sizes or Sizes()
+        self.sizes.add(self.site, work, least_rows, self._keep_parts)
         self.met: dict[int, torch.device] = {}  # the batches of compiled code
 
     def forward(self, like: Tensor, mask: bool = False) -> Rows | Tensor:  # type: ignore[override]
@@ -83,13 +79,13 @@ class SkipStochasticDepth(StochasticDepth):
             drawn = self._uniform([], torch.device("cpu"))
             if _is_many(drawn):
                 return self._masked(batch, [], device)
-            return Rows(batch, weight=self.training_scale(), none=drawn.item() < 1.0 - self._keep_parts / _PARTS)
+            return Rows(batch, weight=self.training_scale(), none=drawn.item() < 1.0 - self._keep_parts / PARTS)
         kept, rest = _whole_rows(batch, self._keep_parts)
-        if rest > _SLACK:
+        if rest > SLACK:
             drawn = torch.rand((), device="cpu")
             if _is_many(drawn):
                 return self._masked(batch, [batch], device)
-            kept += int(drawn.item() < rest / _PARTS)
+            kept += int(drawn.item() < rest / PARTS)
         if kept == batch:
             return Rows(batch, weight=self.training_scale())
         run = max(kept, min(self.least_rows, batch))
@@ -102,7 +98,7 @@ class SkipStochasticDepth(StochasticDepth):
         if self.stochastic_method == "block":
             # A mask. Where compiled code can do better it calls `draw_whole`.
             return self._masked(batch, [], device)
-        if not SIZES_MOVE and self.moved:
+        if not SIZES_MOVE and self.sizes.moved:
             return self._masked(batch, [batch], device)
         if has_static_value(batch):
             self._meet(batch, device)
@@ -110,7 +106,7 @@ class SkipStochasticDepth(StochasticDepth):
             run, all_run = getattr(self, f"size_{batch}").shape[0], getattr(self, f"all_run_{batch}")
         else:
             whole, last, run = self._for_variable(batch, device)
-            all_run = not self.moved and run == batch  # of a rate that moves, the answer would be compiled in
+            all_run = not self.sizes.moved and run == batch  # of a rate that moves, the answer would be compiled in
         order = torch.randperm(batch, device=device)
         kept = whole + torch.binomial(torch.ones_like(last), last)
         if all_run:
@@ -122,7 +118,6 @@ class SkipStochasticDepth(StochasticDepth):
     def _meet(self, batch: int, device: torch.device) -> None:
         """Compiled code met a batch: this runs in Python, once, while it is compiled."""
         self.met[batch] = device
-        self.sizes.group()
         with _disable_current_modes():
             self._prepare(batch)
 
@@ -133,37 +128,29 @@ class SkipStochasticDepth(StochasticDepth):
         dictionary.
         """
         whole, rest = _whole_rows(batch, self._keep_parts)
-        run, varies = self._rows_that_run(batch)
-        size = self.sizes.variable(self.site, batch, run) if varies else torch.empty(run, 0, device="cpu")
-        kept = torch.tensor([whole, max(rest, 0) / _PARTS], device="cpu")
+        kept = torch.tensor([whole, max(rest, 0) / PARTS], device="cpu")
         kept = kept.to(self.met[batch], non_blocking=True)  # a schedule comes here at each step
         setattr(self, f"kept_{batch}", kept)
+        self._find_size(batch)
+
+    def _find_size(self, batch: int) -> None:
+        size, varies = self.sizes.of(self.site, batch, self.met[batch])
         setattr(self, f"size_{batch}", size)
-        setattr(self, f"all_run_{batch}", run == batch and not varies)
+        setattr(self, f"all_run_{batch}", not varies and size.shape[0] == batch)
 
-    def _rows_that_run(self, batch: int) -> tuple[int, bool]:
-        """How many, and whether the number is a variable."""
-        own = self._at_least(_least(batch, self._keep_parts), batch)
-        if self.moved:
-            return own, True
-
-        def rows(rate: float) -> int:
-            return self._at_least(_least(batch, _parts(rate)), batch)
-
-        run, varies = self.sizes.before_moves(self.like, own, rows, self.met[batch])
-        return run, varies and run < batch
-
-    def _at_least(self, rows: int, batch: int) -> int:
-        return min(max(rows, self.least_rows, 1), batch)
+    def settle(self) -> None:
+        self.sizes.settle()
+        for batch in self.met:
+            self._find_size(batch)
 
     def _for_variable(self, batch: int, device: torch.device) -> tuple[int, Tensor, int]:
         """How many are kept for certain, the probability of one more, and how many run, of a batch that is a variable itself."""
         parts = self._size.shape[0]
         whole, rest = _whole_rows(batch, parts)
-        run = _least(batch, parts)
+        run = rows_kept(batch, parts)
         if self.least_rows > 1:
-            run = self._at_least(run, batch)
-        return whole, torch.full((), rest / _PARTS, device=device) * (self.drop_rate < 1.0), run
+            run = at_least(self.least_rows, run, batch)
+        return whole, torch.full((), rest / PARTS, device=device) * (self.drop_rate < 1.0), run
 
     def draw_whole(self, like: Tensor) -> Rows:
         """Draws in training whether the branch runs, for `torch.cond`."""
@@ -183,11 +170,10 @@ class SkipStochasticDepth(StochasticDepth):
         before, self._keep_parts = self.__dict__.get("_keep_parts"), _parts(drop_rate)
         if before == self._keep_parts:
             return
-        self.moved = before is not None
         # No buffer: the rate is its size, as in `_prepare`, for batches that are variables themselves. The sizes 0 and 1 are constants
         # to compiled code, of itself and of the rows that run, so that one row has to.
-        self._size = torch.empty(max(self._keep_parts, 2 * _SLACK), 0, device="cpu")
-        if self.moved:
+        self._size = torch.empty(max(self._keep_parts, 2 * SLACK), 0, device="cpu")
+        if before is not None:
             self.sizes.follow(self.site, self._keep_parts)
             torch._dynamo.maybe_mark_dynamic(self._size, 0)
             for batch in self.met:
@@ -206,14 +192,9 @@ def _is_many(drawn: Tensor) -> bool:
 def _whole_rows(batch: int, keep_parts: int) -> tuple[int, int]:
     """How many rows are kept for certain, and the probability of one more, in parts."""
     parts = batch * keep_parts
-    whole = (parts + _SLACK) // _PARTS
-    return whole, parts - whole * _PARTS
-
-
-def _least(batch: int, keep_parts: int) -> int:
-    """How many rows have to run: those that may be kept."""
-    return (batch * keep_parts + _PARTS - 1 - _SLACK) // _PARTS
+    whole = (parts + SLACK) // PARTS
+    return whole, parts - whole * PARTS
 
 
 def _parts(drop_rate: float) -> int:
-    return round((1.0 - drop_rate) * _PARTS)
+    return round((1.0 - drop_rate) * PARTS)
