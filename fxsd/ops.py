@@ -124,7 +124,7 @@ class StochasticDepth(nn.Module):
         self._follow(_in_float32(drop_rate))
 
     def settle(self) -> None:
-        """The rates of all sites are set."""
+        """All sites of the model have the rate that they are to have."""
 
     def train(self, mode: bool = True) -> StochasticDepth:
         super().train(mode)

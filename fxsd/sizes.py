@@ -20,12 +20,13 @@ SLACK = 1 << 20  # parts of a row that are rounding, not rate
 # Constants besides one for each kind of branch. With them a ViT of twelve blocks took 1.3 to 1.5 times the time without to compile; with
 # all that its rates ask for, 2.1 times, and a Swin 1.6 times.
 _MORE_CONSTANTS = 6
-# Where variables may take their place.
+# Where more than these are asked for, variables take their place if they may. Each constant of both kinds took such a ViT 3.4 s.
 _MORE_BEFORE_VARIABLES = 4
 # With one, two, four and six variables, a ViT of 24 sites took 1.49, 1.52, 1.56 and 1.65 times the time without to compile.
 _VARIABLES = 4
-_LOST = 0.05  # of the rows that could be left out: what sites that share a variable may run more than at first
-_GROUPINGS = 2
+# Sites that share a variable may come to run so much more of the rows that could be left out before others share.
+_LOST = 0.05
+_GROUPINGS = 2  # so often; then each has its own
 
 
 @dataclass
@@ -90,9 +91,9 @@ class Sizes:
 
     def _lost(self) -> float:
         """The share of the rows that could be left out that run all the same, since sites share variables."""
-        parts = {name: site.parts for name, site in self._sites.items()}
-        most = {group: self._most(group) for group in set(self._groups.values())}
-        return sum(most[self._groups[name]] - own for name, own in parts.items()) / max(sum(PARTS - own for own in parts.values()), 1)
+        groups = [[site.parts for site in self._members(group)] for group in set(self._groups.values())]
+        lost = sum(max(parts) * len(parts) - sum(parts) for parts in groups)
+        return lost / max(sum(PARTS - site.parts for site in self._sites.values()), 1)
 
     def _varies(self, batch: int, device: torch.device) -> bool:
         # On an H200, with CUDA graphs, a ConvNeXt with variables compiled 1.5 times as long as rounded up; its steps took twice as long.
@@ -117,17 +118,17 @@ class Sizes:
 
     def _variable(self, group: int, batch: int) -> Tensor:
         if (group, batch) not in self._made:
-            self._made[group, batch] = torch.empty(0, 0, device="cpu")
+            with torch.inference_mode(False):  # else it could not be resized outside of one
+                self._made[group, batch] = torch.empty(0, 0, device="cpu")
             self._resize(group, batch)
             torch._dynamo.maybe_mark_dynamic(self._made[group, batch], 0)
         return self._made[group, batch]
 
     def _resize(self, group: int, batch: int) -> None:
-        least = max(self._sites[name].least for name, other in self._groups.items() if other == group)
-        self._made[group, batch].resize_(at_least(least, rows_kept(batch, self._most(group)), batch), 0)
+        self._made[group, batch].resize_(max(site.rows(batch) for site in self._members(group)), 0)
 
-    def _most(self, group: int) -> int:
-        return max(self._sites[name].parts for name, other in self._groups.items() if other == group)
+    def _members(self, group: int) -> list[_Site]:
+        return [self._sites[name] for name, other in self._groups.items() if other == group]
 
 
 def rows_kept(batch: int, parts: int) -> int:

@@ -11,7 +11,7 @@ from fxsd.levels import levels, next_level
 
 
 def running(rows: list[int], chosen: tuple[int, ...]) -> int:
-    return sum(next_level(chosen, number) for number in rows)
+    return sum(min(level for level in chosen if level >= number) for number in rows)
 
 
 def least(rows: list[int]) -> list[int]:
