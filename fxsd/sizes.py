@@ -22,8 +22,9 @@ SLACK = 1 << 20  # parts of a row that are rounding, not rate
 _MORE_CONSTANTS = 6
 # Where more than these are asked for, variables take their place if they may. Each constant of both kinds took such a ViT 3.4 s.
 _MORE_BEFORE_VARIABLES = 4
-# With one, two, four and six variables, a ViT of 24 sites took 1.49, 1.52, 1.56 and 1.65 times the time without to compile.
-_VARIABLES = 4
+# With one, two, four and six variables, a ViT of 24 sites took 1.49, 1.52, 1.56 and 1.65 times the time without to compile; with four its
+# steps took .86 of those without, with six .85, and with one for each rate .84.
+_VARIABLES = 6
 # Sites that share a variable may come to run so much more of the rows that could be left out before others share.
 _LOST = 0.05
 _GROUPINGS = 2  # so often; then each has its own
@@ -69,13 +70,15 @@ class Sizes:
             if group == self._groups[site]:
                 self._resize(group, batch)
 
-    def of(self, site: str, batch: int, device: torch.device) -> tuple[Tensor, bool]:
+    def of(self, name: str, batch: int, device: torch.device) -> tuple[Tensor, bool]:
         """A tensor with as many rows as compiled code has to run of a batch, and whether it takes the number for a variable."""
+        varies = self.moved or self._varies(batch, device)
         if not self._groups:
-            self._group()
-        if self.moved or self._varies(batch, device):
-            return self._variable(self._groups[site], batch), True
-        own = self._sites[site]
+            # While rates stand still whole rows count, else only the rates' proportions do: of small rates all rows may be equal.
+            self._group({name: site.parts if self.moved or not varies else site.rows(batch) for name, site in self._sites.items()})
+        if varies:
+            return self._variable(self._groups[name], batch), True
+        own = self._sites[name]
         kinds = self._kinds(batch)
         numbers = levels(tuple(map(tuple, kinds.values())), _MORE_CONSTANTS)[list(kinds).index(own.kind)]
         return torch.empty(next_level(numbers, own.rows(batch)), 0, device="cpu"), False
@@ -87,7 +90,7 @@ class Sizes:
         self._settled = True
         if self._groups and self._lost() > self._lost_at_first + _LOST:
             self._made.clear()
-            self._group()
+            self._group({name: site.parts for name, site in self._sites.items()})
 
     def _lost(self) -> float:
         """The share of the rows that could be left out that run all the same, since sites share variables."""
@@ -106,14 +109,14 @@ class Sizes:
             kinds.setdefault(site.kind, []).append(site.rows(batch))
         return kinds
 
-    def _group(self) -> None:
-        """Sites of about one rate share a variable. Where rates go apart again and again each has its own, for good."""
+    def _group(self, run: dict[str, int]) -> None:
+        """Sites share a variable that run about as much. Where rates go apart again and again each has its own, for good."""
         self._groupings += 1
         if self._groupings > _GROUPINGS:
             self._groups = {name: place for place, name in enumerate(self._sites)}
         else:
-            (numbers,) = levels((tuple(site.parts for site in self._sites.values()),), _VARIABLES - 1)
-            self._groups = {name: numbers.index(next_level(numbers, site.parts)) for name, site in self._sites.items()}
+            (numbers,) = levels((tuple(run.values()),), _VARIABLES - 1)
+            self._groups = {name: numbers.index(next_level(numbers, own)) for name, own in run.items()}
         self._lost_at_first = self._lost()
 
     def _variable(self, group: int, batch: int) -> Tensor:
