@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fxsd.again import can_take_again
+from fxsd.by_place import Places, merge_rows, take_rows, weighted
 from fxsd.one_pass import is_plain, is_transformed, kernels_for
 
 Times = int | Sequence[int]  # how many times the number of rows a number is, or each of several: 0 if it does not go with them
@@ -26,8 +27,7 @@ class Rows(NamedTuple):
     Attributes:
         batch: how many rows there are.
         taken: the rows that run, or None: all of them.
-        place: for each row its place in `taken`, or any number beyond; compiled code only.
-        added: for each row whether the branch is added to it; compiled code only, which may run some more.
+        places: of all rows in `taken`; compiled code only.
         order: all rows, those taken first; eager code only.
         weight: what the branch is multiplied by, None for one: a number, or one for each row that runs.
         none: no row runs, instead of `taken`.
@@ -36,11 +36,10 @@ class Rows(NamedTuple):
 
     batch: int
     taken: Tensor | None = None
-    place: Tensor | None = None
+    places: Places | None = None
     weight: Tensor | None = None
     none: bool = False
     keep: Tensor | None = None
-    added: Tensor | None = None
     order: Tensor | None = None
 
 
@@ -62,7 +61,9 @@ def take(value: Tensor, rows: Rows, kept: bool = False, each: int = 1, dim: int 
         return value[:0]
     if rows.taken is None:
         return value
-    taken: Tensor = _apply(_Take, value, rows.taken, rows.place)
+    if rows.places is not None:
+        return take_rows(value, rows.taken, rows.places)
+    taken: Tensor = _apply(_Take, value, rows.taken)
     return _kept(taken, value, rows.taken) if kept else taken
 
 
@@ -96,13 +97,15 @@ def merge(shortcut: Tensor, branch: Tensor, rows: Rows, branch_first: bool = Fal
     if dim:
         return put_back(merge(shortcut.transpose(0, dim), branch.transpose(0, dim), rows, branch_first), dim, shortcut)
     if rows.taken is None and not rows.none:
-        branch = _weighted(branch, rows.weight)
+        branch = weighted(branch, rows.weight)
         return branch + shortcut if branch_first else shortcut + branch
+    if rows.taken is not None and rows.places is not None:
+        return merge_rows(shortcut, branch, rows.taken, rows.places, rows.weight)
     if shortcut.dtype is not branch.dtype:
         shortcut = shortcut.to(torch.promote_types(shortcut.dtype, branch.dtype))
     # No row is merged too, so that parameters of the branch get gradients of zero.
     taken = torch.empty(0, dtype=torch.long, device=branch.device) if rows.none else rows.taken
-    return _apply(_Merge, shortcut, branch, taken, rows.place, rows.added, rows.order, rows.weight, branch_first)  # type: ignore[no-any-return]
+    return _apply(_Merge, shortcut, branch, taken, rows.order, rows.weight, branch_first)  # type: ignore[no-any-return]
 
 
 def spread(branch: Tensor, rows: Rows, dim: int = 0) -> Tensor:
@@ -110,7 +113,7 @@ def spread(branch: Tensor, rows: Rows, dim: int = 0) -> Tensor:
     if dim:
         return put_back(spread(branch.transpose(0, dim), rows), dim, branch)
     if rows.taken is None and not rows.none:
-        return _weighted(branch, rows.weight)
+        return weighted(branch, rows.weight)
     zeros = branch.new_zeros(()).expand(rows.batch, *branch.shape[1:])
     return merge(zeros, branch, rows)
 
@@ -127,18 +130,6 @@ def counted(rows: int, times: Times, value: Any) -> Any:
         return times * rows
     each = tuple(number * rows if number else own for number, own in zip(times, value, strict=True))
     return torch.Size(each) if isinstance(value, torch.Size) else each
-
-
-def _weighted(branch: Tensor, weight: Tensor | None) -> Tensor:
-    if weight is None:
-        return branch
-    weight = weight.to(branch.dtype)
-    return branch * (_column(weight, branch) if weight.dim() else weight)
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """One value for each row of `like`, in a shape that broadcasts to its."""
-    return values.view([-1] + [1] * (like.dim() - 1))
 
 
 def _select(value: Tensor, index: Tensor) -> Tensor:
@@ -160,25 +151,12 @@ def _select_as(dtype: torch.dtype, value: Tensor, index: Tensor, weight: Tensor 
         taken = _empty_rows(index.shape[0], value, dtype)
         kernels.take_rows(taken, value, index, weight)
         return taken
-    return _weighted(_select(value, index).to(dtype), weight)
+    return weighted(_select(value, index).to(dtype), weight)
 
 
 def _empty_rows(rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """A new tensor of so many rows, laid out as those of `like`, which are one after the other."""
     return torch.empty_strided((rows, *like.shape[1:]), like.stride(), dtype=dtype, device=like.device)
-
-
-def _by_place(value: Tensor, place: Tensor, where: Tensor) -> Tensor:
-    """For each row that of `value` at its place, zeros where `where` does not hold.
-
-    Reading each row's value fuses with what comes after; writing by index would need atomic adds.
-    """
-    return _only(value.index_select(0, place.clamp(max=value.shape[0] - 1)), where)
-
-
-def _only(value: Tensor, where: Tensor) -> Tensor:
-    """`value` with zeros in the rows where `where` does not hold."""
-    return torch.where(_column(where, value), value, 0)
 
 
 def _add_rows(
@@ -195,7 +173,7 @@ def _add_rows(
         added = _empty_rows(base.shape[0], base, base.dtype)
         kernels.add_rows(added, base, order, value, weight)
         return added
-    value = _weighted(value, weight).to(base.dtype)
+    value = weighted(value, weight).to(base.dtype)
     if (base.is_contiguous() and like.is_contiguous()) or is_transformed(base) or is_transformed(value):
         return base.index_add(0, index, value.contiguous())  # of one that is not, it adds number by number
     added, dims = empty_in_format(like, base.shape, base.dtype)
@@ -261,20 +239,18 @@ def _with_tangents(function: type[torch.autograd.Function], quick: bool) -> type
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(value: Tensor, index: Tensor, place: Tensor | None) -> Tensor:
+    def forward(value: Tensor, index: Tensor) -> Tensor:
         return _select(value, index)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        value, ctx.index, ctx.place = inputs
+        value, ctx.index = inputs
         ctx.batch = value.shape[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        if ctx.place is not None:
-            return _by_place(grad, ctx.place, ctx.place < ctx.index.shape[0]), None, None
         zeros = grad.new_zeros(()).expand(ctx.batch, *grad.shape[1:])
-        return _add_rows(zeros, ctx.index, grad, grad), None, None
+        return _add_rows(zeros, ctx.index, grad, grad), None
 
     @staticmethod
     def tangents(ctx: Any, value: Tensor, *_: Any) -> Tensor:
@@ -306,26 +282,21 @@ class _Merge(torch.autograd.Function):
         shortcut: Tensor,
         branch: Tensor,
         index: Tensor,
-        place: Tensor | None,
-        added: Tensor | None,
         order: Tensor | None,
         weight: Tensor | None,
         branch_first: bool,
     ) -> Tensor:
-        if place is not None and added is not None:
-            return shortcut + _by_place(_weighted(branch, weight).to(shortcut.dtype), place, added)
         return _add_rows(shortcut, index, branch, _first(shortcut, branch, branch_first), order, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, branch, *ctx.rest = inputs
-        ctx.index, _, ctx.added, _, ctx.weight, _ = ctx.rest
+        ctx.index, _, ctx.weight, _ = ctx.rest
         ctx.dtype = branch.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        own = grad if ctx.added is None else _only(grad, ctx.added)
-        return grad, _select_as(ctx.dtype, own, ctx.index, ctx.weight), None, None, None, None, None, None
+        return grad, _select_as(ctx.dtype, grad, ctx.index, ctx.weight), None, None, None, None
 
     @staticmethod
     def tangents(ctx: Any, shortcut: Tensor, branch: Tensor, *_: Any) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxsd.by_place import draw_rows
 from fxsd.ops import StochasticDepth
 from fxsd.rows import Rows
 from fxsd.sizes import PARTS, SLACK, Sizes, at_least, rows_kept
@@ -102,17 +103,16 @@ class SkipStochasticDepth(StochasticDepth):
             return self._masked(batch, [batch], device)
         if has_static_value(batch):
             self._meet(batch, device)
-            whole, last = getattr(self, f"kept_{batch}")
-            run, all_run = getattr(self, f"size_{batch}").shape[0], getattr(self, f"all_run_{batch}")
+            kept, run = getattr(self, f"kept_{batch}"), getattr(self, f"size_{batch}").shape[0]
+            all_run = getattr(self, f"all_run_{batch}")
         else:
-            whole, last, run = self._for_variable(batch, device)
+            kept, run = self._for_variable(batch, device)
             all_run = not self.sizes.moved and run == batch  # of a rate that moves, the answer would be compiled in
-        order = torch.randperm(batch, device=device)
-        kept = whole + torch.binomial(torch.ones_like(last), last)
+        taken, places = draw_rows(kept, batch, run)
+        scale = self.training_scale()
         if all_run:
-            return Rows(batch, weight=self._weights(order, kept))
-        place = order.argsort()
-        return Rows(batch, order[:run], place, self.training_scale(), added=place < kept)
+            return Rows(batch, weight=places.added.float() if scale is None else places.added * scale)
+        return Rows(batch, taken, places, scale)
 
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
     def _meet(self, batch: int, device: torch.device) -> None:
@@ -143,14 +143,15 @@ class SkipStochasticDepth(StochasticDepth):
         for batch in self.met:
             self._find_size(batch)
 
-    def _for_variable(self, batch: int, device: torch.device) -> tuple[int, Tensor, int]:
-        """How many are kept for certain, the probability of one more, and how many run, of a batch that is a variable itself."""
+    def _for_variable(self, batch: int, device: torch.device) -> tuple[Tensor, int]:
+        """What `_prepare` computes of a batch, where it is a variable itself."""
         parts = self._size.shape[0]
         whole, rest = _whole_rows(batch, parts)
         run = rows_kept(batch, parts)
         if self.least_rows > 1:
             run = at_least(self.least_rows, run, batch)
-        return whole, torch.full((), rest / PARTS, device=device) * (self.drop_rate < 1.0), run
+        kept = torch.stack([torch.full((), number, device=device) for number in (float(whole), rest / PARTS)])
+        return kept * (self.drop_rate < 1.0), run
 
     def draw_whole(self, like: Tensor) -> Rows:
         """Draws in training whether the branch runs, for `torch.cond`."""

@@ -673,9 +673,9 @@ def test_compiled_code_that_runs_some_more_rows_drops_as_often():
     for _ in range(calls):
         rows = compiled(torch.randn(9, 2))
         assert len(rows.taken) == 8
-        assert set(rows.added.nonzero()[:, 0].tolist()) < set(rows.taken.tolist())
-        assert torch.equal(rows.taken[rows.place[rows.added]], rows.added.nonzero()[:, 0])
-        counts += rows.added
+        assert set(rows.places.added.nonzero()[:, 0].tolist()) < set(rows.taken.tolist())
+        assert torch.equal(rows.taken[rows.places.place[rows.places.added]], rows.places.added.nonzero()[:, 0])
+        counts += rows.places.added
     assert (counts / calls).tolist() == pytest.approx([0.7] * 9, abs=4 * math.sqrt(0.21 / calls))
     assert counts.sum() / calls == pytest.approx(6.3, abs=4 * math.sqrt(0.21 / calls))  # 6 or 7
     op.set_drop_rate(0.4)  # once rates move it is a variable, shared with sites of a rate of .2
