@@ -104,7 +104,14 @@ def _rewrite_part(
         make: Callable[..., StochasticDepth] = StochasticDepth
         if plan.region is not None:
             whole = stochastic_method == "block" and not plan.region.stays
-            make = partial(SkipStochasticDepth, least_rows=plan.region.least_rows, conditional=whole, sizes=sizes, work=plan.region.work)
+            make = partial(
+                SkipStochasticDepth,
+                least_rows=plan.region.least_rows,
+                conditional=whole,
+                sizes=sizes,
+                work=plan.region.work,
+                turns=plan.region.strided and not plan.residual.batch_dim,
+            )
         op = make(
             plan.drop_rate,
             stochastic_method,

@@ -35,6 +35,7 @@ class _Site:
     kind: object
     least: int
     parts: int
+    turns: bool
 
     def rows(self, batch: int) -> int:
         return at_least(self.least, rows_kept(batch, self.parts), batch)
@@ -59,9 +60,13 @@ class Sizes:
         self._settled = True
         self._made: dict[tuple[int, int], Tensor] = {}
 
-    def add(self, site: str, kind: object, least: int, parts: int) -> None:
-        """A site that keeps so many parts of a batch, and whose branch, like others of its kind, needs so many rows at least."""
-        self._sites[site] = _Site(kind, least, parts)
+    def add(self, site: str, kind: object, least: int, parts: int, turns: bool) -> None:
+        """A site that keeps so many parts of a batch, and whose branch, like others of its kind, needs so many rows at least.
+
+        Args:
+            turns: the branch puts other dims before that of the rows, and back.
+        """
+        self._sites[site] = _Site(kind, least, parts, turns)
 
     def follow(self, site: str, parts: int) -> None:
         """A site has another rate."""
@@ -76,9 +81,12 @@ class Sizes:
         if not self._groups:
             # While rates stand still whole rows count, else only the rates' proportions do: of small rates all rows may be equal.
             self._group({name: site.parts if self.moved or not varies else site.rows(batch) for name, site in self._sites.items()})
+        own = self._sites[name]
+        if varies and own.turns and device.type == "cpu":
+            # All rows run: with a variable Inductor finds each number by divisions, and steps of a ViT took 1.28 of those without skipping.
+            return torch.empty(batch, 0, device="cpu"), False
         if varies:
             return self._variable(self._groups[name], batch), True
-        own = self._sites[name]
         kinds = self._kinds(batch)
         numbers = levels(tuple(map(tuple, kinds.values())), _MORE_CONSTANTS)[list(kinds).index(own.kind)]
         return torch.empty(next_level(numbers, own.rows(batch)), 0, device="cpu"), False

@@ -31,6 +31,7 @@ class SkipStochasticDepth(StochasticDepth):
         conditional: compiled code may leave the branch out by `torch.cond`; only for `"block"`.
         sizes: shared by all sites of a graph that skip.
         work: of the branch; those of as much work are alike.
+        turns: the branch puts other dims before that of the rows, and back.
 
     Shape:
         - Input: any tensor with the batch in `batch_dim`, of which only the size and the device matter.
@@ -55,12 +56,13 @@ class SkipStochasticDepth(StochasticDepth):
         conditional: bool = False,
         sizes: Sizes | None = None,
         work: object = None,
+        turns: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(drop_rate, *args, **kwargs)
         self.least_rows, self.conditional = least_rows, conditional
         self.sizes = sizes or Sizes()
-        self.sizes.add(self.site, work, least_rows, self._keep_parts)
+        self.sizes.add(self.site, work, least_rows, self._keep_parts, turns)
         self.met: dict[int, torch.device] = {}  # the batches of compiled code
 
     def forward(self, like: Tensor, mask: bool = False) -> Rows | Tensor:  # type: ignore[override]
@@ -103,8 +105,8 @@ class SkipStochasticDepth(StochasticDepth):
             return self._masked(batch, [batch], device)
         if has_static_value(batch):
             self._meet(batch, device)
-            kept, run = getattr(self, f"kept_{batch}"), getattr(self, f"size_{batch}").shape[0]
-            all_run = getattr(self, f"all_run_{batch}")
+            kept, all_run = getattr(self, f"kept_{batch}"), getattr(self, f"all_run_{batch}")
+            run = batch if all_run else getattr(self, f"size_{batch}").shape[0]
         else:
             kept, run = self._for_variable(batch, device)
             all_run = not self.sizes.moved and run == batch  # of a rate that moves, the answer would be compiled in

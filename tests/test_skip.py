@@ -551,6 +551,26 @@ def test_sizes_are_variables_from_the_start_where_they_are_many_and_in_no_stride
 
 @pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
 @compiled_code
+def test_branches_that_turn_the_batch_run_all_rows_once_rates_move():
+    torch._dynamo.reset()
+    seen: list[int] = []
+    model = nn.Sequential(Block(sequence_first=True), Block())
+    gm = skipping(model, torch.randn(2, 5, WIDTH), include=None)
+    turning, other = (op for op in gm.modules() if isinstance(op, SkipStochasticDepth))
+    compiled, x, calls = torch.compile(gm, fullgraph=True, backend=variables(seen)), torch.randn(8, 5, WIDTH), 400
+    compiled(x)
+    assert (turning.size_8.shape[0], other.size_8.shape[0]) == (4, 4)
+    for rate in (0.25, 0.75, 0.5):
+        fxsd.set_drop_rate(gm, rate)
+        same = torch.stack([(compiled(x) == x).flatten(1).all(1) for _ in range(calls)]).float()
+        assert (turning.size_8.shape[0], other.size_8.shape[0]) == (8, 8 * (1 - rate))
+        both = rate**2  # sites drop a row independently
+        assert same.mean(0).tolist() == pytest.approx([both] * 8, abs=4.5 * math.sqrt(both * (1 - both) / calls))
+    assert seen == [0, 1]
+
+
+@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
+@compiled_code
 def test_sites_share_a_variable_while_little_is_lost():
     torch._dynamo.reset()
     seen: list[int] = []
