@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, library, nn
 from torch._dynamo.utils import counters
-from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import fxsd
@@ -89,7 +88,10 @@ def test_rows_are_taken_and_merged_as_by_index(dtypes: tuple[torch.dtype, torch.
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+_OLD = pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: strict export fails to follow numbers of rows")
+
+
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=_OLD)])
 def test_what_is_exported_runs_without_this_library(gm: nn.Module, strict: bool):
     x = torch.randn(8, 4)
     program = torch.export.export(gm, (x,), strict=strict)
@@ -132,6 +134,8 @@ def test_two_sites_of_compiled_code_draw_each_for_itself(gm: nn.Module):
 
 @pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__} has no cache of what autograd needs")
 def test_compiled_code_is_found_again_in_the_cache(gm: nn.Module):
+    from torch._inductor.utils import fresh_cache
+
     x = torch.randn(8, 4)
     with fresh_cache(), torch._functorch.config.patch(enable_autograd_cache=True):
         found = []
