@@ -78,7 +78,8 @@ def get_drop_rate(gm: nn.Module) -> float:
 def set_drop_rate(gm: nn.Module, drop_rate: float) -> None:
     """Moves the rates of all sites in place, keeping their distribution.
 
-    Compiled code sees it without compiling again in mask mode. Where it skips branches it compiles once more, the first time a rate moves.
+    Compiled code sees it without compiling again in mask mode. Where it skips branches it compiles once more, the first time a rate
+    moves. On a CPU, branches that put other dims before the batch and back then run all rows.
 
     Where the distribution stated rates itself (a sequence or a mapping), they keep their proportions and the largest becomes `drop_rate`.
 

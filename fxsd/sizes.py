@@ -22,8 +22,8 @@ SLACK = 1 << 20  # parts of a row that are rounding, not rate
 _MORE_CONSTANTS = 6
 # Where more than these are asked for, variables take their place if they may. Each constant of both kinds took such a ViT 3.4 s.
 _MORE_BEFORE_VARIABLES = 4
-# With one, two, four and six variables, a ViT of 24 sites took 1.49, 1.52, 1.56 and 1.65 times the time without to compile; with four its
-# steps took .86 of those without, with six .85, and with one for each rate .84.
+# With one, two, four and six variables, a ViT of 24 sites took 1.49, 1.52, 1.56 and 1.65 times the time without to compile, before draws
+# were one operator (with six 1.5 since); with four its steps took .86 of those without, with six .85, and with one for each rate .84.
 _VARIABLES = 6
 # Sites that share a variable may come to run so much more of the rows that could be left out before others share.
 _LOST = 0.05

@@ -94,7 +94,7 @@ class SkipStochasticDepth(StochasticDepth):
         run = max(kept, min(self.least_rows, batch))
         # On the CPU, which does not wait, and launches one copy in place of ten kernels.
         order = torch.randperm(batch, device="cpu").to(device, non_blocking=True)
-        weight = self.training_scale() if run == kept else self._weights(torch.arange(run, device=device), kept)
+        weight = self.training_scale() if run == kept else self._weights(torch.arange(run, device=device) < kept)
         return Rows(batch, order[:run], weight=weight, order=order)
 
     def _draw_compiled(self, batch: int, device: torch.device) -> Rows:
@@ -111,10 +111,9 @@ class SkipStochasticDepth(StochasticDepth):
             kept, run = self._for_variable(batch, device)
             all_run = not self.sizes.moved and run == batch  # of a rate that moves, the answer would be compiled in
         taken, places = draw_rows(kept, batch, run)
-        scale = self.training_scale()
         if all_run:
-            return Rows(batch, weight=places.added.float() if scale is None else places.added * scale)
-        return Rows(batch, taken, places, scale)
+            return Rows(batch, weight=self._weights(places.added))
+        return Rows(batch, taken, places, self.training_scale())
 
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
     def _meet(self, batch: int, device: torch.device) -> None:
@@ -163,9 +162,9 @@ class SkipStochasticDepth(StochasticDepth):
         """All rows, under a mask of a shape."""
         return Rows(batch, weight=self.draw_mask(shape, device).float())
 
-    def _weights(self, place: Tensor, kept: int | Tensor) -> Tensor:
-        """Those of rows in a place each, of which the first `kept` are kept."""
-        weights, scale = (place < kept).float(), self.training_scale()
+    def _weights(self, added: Tensor) -> Tensor:
+        """Those of rows that run, some of which are added."""
+        weights, scale = added.float(), self.training_scale()
         return weights if scale is None else weights * scale
 
     def _follow(self, drop_rate: float) -> None:

@@ -77,14 +77,14 @@ def test_rows_are_taken_and_merged_as_by_index(dtypes: tuple[torch.dtype, torch.
         wide = torch.promote_types(*dtypes)
         return x.to(wide).index_add(0, taken[first], branch[first].to(wide))
 
-    found, expected = (function(own := x.clone().requires_grad_()) for function in (ours, by_index))
-    assert found.dtype is expected.dtype
-    torch.testing.assert_close(found, expected)
-    gradients = []
+    values, gradients = [], []
     for function in (ours, by_index):
         own = x.clone().requires_grad_()
-        function(own).square().sum().backward()
+        values.append(function(own))
+        values[-1].square().sum().backward()
         gradients.append(own.grad)
+    assert values[0].dtype is values[1].dtype
+    torch.testing.assert_close(*values)
     torch.testing.assert_close(*gradients)
 
 
@@ -138,11 +138,10 @@ def test_compiled_code_is_found_again_in_the_cache(gm: nn.Module):
 
     x = torch.randn(8, 4)
     with fresh_cache(), torch._functorch.config.patch(enable_autograd_cache=True):
-        found = []
+        hits = []
         for _ in range(2):
             torch._dynamo.reset()
             counters.clear()
-            y = torch.compile(gm, fullgraph=True)(x.requires_grad_())
-            y.sum().backward()
-            found.append((counters["aot_autograd"]["autograd_cache_hit"], int((y == x).all(1).sum())))
-    assert [hit for hit, _ in found] == [0, 1]
+            torch.compile(gm, fullgraph=True)(x.requires_grad_()).sum().backward()
+            hits.append(counters["aot_autograd"]["autograd_cache_hit"])
+    assert hits == [0, 1]
