@@ -126,6 +126,9 @@ class StochasticDepth(nn.Module):
     def settle(self) -> None:
         """All sites of the model have the rate that they are to have."""
 
+    def rest(self) -> None:
+        """They keep it."""
+
     def train(self, mode: bool = True) -> StochasticDepth:
         super().train(mode)
         if mode and not self.drop_rate.is_meta:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxsd.errors import FxsdError
 from fxsd.rates import check_rate
-from fxsd.site import get_drop_rate, set_drop_rate, start_step
+from fxsd.site import get_drop_rate, rest, set_drop_rate, start_step
 
 Schedule: TypeAlias = "str | Callable[[int], float]"
 
@@ -138,3 +138,10 @@ class DropRateSchedule:
         self._last_rate = self.rate_at(self.last_step)
         set_drop_rate(self.gm, self._last_rate)
         start_step(self.gm, self.last_step)
+        if self._is_over():
+            rest(self.gm)
+
+    def _is_over(self) -> bool:
+        """Is the rate the same from now on? Nobody knows of a callable."""
+        steps = 0 if self.schedule == "constant" else self.steps or 0
+        return not callable(self.schedule) and self.last_step >= max(steps, self.warmup_steps)

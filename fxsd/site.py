@@ -111,6 +111,16 @@ def set_drop_rate(gm: nn.Module, drop_rate: float) -> None:
         op.settle()
 
 
+def rest(gm: nn.Module) -> None:
+    """Says that rates stay as they are: compiled code that skips may take the numbers of rows for constants again, until a rate moves.
+
+    Raises:
+        FxsdError: there is no transformed model in `gm`.
+    """
+    for op in _ops(gm):
+        op.rest()
+
+
 def start_step(gm: nn.Module, step: int) -> None:
     """Makes sites that draw the same on all ranks go on as a run does that has taken so many training steps.
 

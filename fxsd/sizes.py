@@ -48,7 +48,7 @@ class Sizes:
         vary: numbers of rows may be variables from the start where rates ask for many.
 
     Attributes:
-        moved: has a rate been another one?
+        moved: has a rate been another one, so that it may move again?
     """
 
     def __init__(self, vary: bool = False) -> None:
@@ -75,8 +75,8 @@ class Sizes:
             if group == self._groups[site]:
                 self._resize(group, batch)
 
-    def of(self, name: str, batch: int, device: torch.device) -> tuple[Tensor, bool]:
-        """A tensor with as many rows as compiled code has to run of a batch, and whether it takes the number for a variable."""
+    def of(self, name: str, batch: int, device: torch.device) -> int | Tensor:
+        """How many rows compiled code has to run of a batch: a constant, or a tensor that has a variable number of them."""
         varies = self.moved or self._varies(batch, device)
         if not self._groups:
             # While rates stand still whole rows count, else only the rates' proportions do: of small rates all rows may be equal.
@@ -84,12 +84,16 @@ class Sizes:
         own = self._sites[name]
         if varies and own.turns and device.type == "cpu":
             # All rows run: with a variable Inductor finds each number by divisions, and steps of a ViT took 1.28 of those without skipping.
-            return torch.empty(batch, 0, device="cpu"), False
+            return batch
         if varies:
-            return self._variable(self._groups[name], batch), True
+            return self._variable(self._groups[name], batch)
         kinds = self._kinds(batch)
         numbers = levels(tuple(map(tuple, kinds.values())), _MORE_CONSTANTS)[list(kinds).index(own.kind)]
-        return torch.empty(next_level(numbers, own.rows(batch)), 0, device="cpu"), False
+        return next_level(numbers, own.rows(batch))
+
+    def rest(self) -> None:
+        """Rates stay as they are from now on, so that numbers may be constants again. Variables stay, should a rate move after all."""
+        self.moved = False
 
     def settle(self) -> None:
         """All rates are set: where too many rows run now, other sites are to share a variable."""

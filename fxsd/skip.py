@@ -105,11 +105,12 @@ class SkipStochasticDepth(StochasticDepth):
             return self._masked(batch, [batch], device)
         if has_static_value(batch):
             self._meet(batch, device)
-            kept, all_run = getattr(self, f"kept_{batch}"), getattr(self, f"all_run_{batch}")
-            run = batch if all_run else getattr(self, f"size_{batch}").shape[0]
+            kept, size = getattr(self, f"kept_{batch}"), getattr(self, f"size_{batch}")
+            run, varies = (size.shape[0], True) if isinstance(size, Tensor) else (size, False)
         else:
             kept, run = self._for_variable(batch, device)
-            all_run = not self.sizes.moved and run == batch  # of a rate that moves, the answer would be compiled in
+            varies = self.sizes.moved
+        all_run = not varies and run == batch  # of a rate that moves, the answer would be compiled in
         taken, places = draw_rows(kept, batch, run)
         if all_run:
             return Rows(batch, weight=self._weights(places.added))
@@ -123,10 +124,10 @@ class SkipStochasticDepth(StochasticDepth):
             self._prepare(batch)
 
     def _prepare(self, batch: int) -> None:
-        """Computes how many rows are kept for certain, the probability of one more, how many run, and whether they are always all.
+        """Computes how many rows are kept for certain, the probability of one more, and how many run.
 
-        How many run is the *size* of an input, which compiled code can take for a variable. Attributes, since it would watch all of a
-        dictionary.
+        How many run is a number, or the *size* of an input, which compiled code can take for a variable. Attributes, since it would watch
+        all of a dictionary.
         """
         whole, rest = _whole_rows(batch, self._keep_parts)
         kept = torch.tensor([whole, max(rest, 0) / PARTS], device="cpu")
@@ -135,12 +136,15 @@ class SkipStochasticDepth(StochasticDepth):
         self._find_size(batch)
 
     def _find_size(self, batch: int) -> None:
-        size, varies = self.sizes.of(self.site, batch, self.met[batch])
-        setattr(self, f"size_{batch}", size)
-        setattr(self, f"all_run_{batch}", not varies and size.shape[0] == batch)
+        setattr(self, f"size_{batch}", self.sizes.of(self.site, batch, self.met[batch]))
 
     def settle(self) -> None:
         self.sizes.settle()
+        for batch in self.met:
+            self._find_size(batch)
+
+    def rest(self) -> None:
+        self.sizes.rest()
         for batch in self.met:
             self._find_size(batch)
 

@@ -56,6 +56,31 @@ def test_warm_up_is_on_top_of_any_schedule() -> None:
     assert rates(DropRateSchedule(model(), lambda step: 0.1 * step, warmup_steps=2), 4) == pytest.approx([0.0, 0.05, 0.2, 0.3])
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "warmup_steps", "first"),
+    [
+        ("constant", None, 0, 0),
+        ("constant", 9, 3, 3),
+        ("linear", 4, 0, 4),
+        ("cosine", 4, 6, 6),
+        ("progressive", 4, 0, 4),
+        ("early", 4, 2, 4),
+        ("early_linear", 4, 0, 4),
+        ("late", 4, 0, 4),
+        (lambda step: 0.1, None, 2, None),
+    ],
+)
+def test_rates_rest_from_where_they_stay(monkeypatch: Any, name: Any, steps: int | None, warmup_steps: int, first: int | None) -> None:
+    rested: list[int] = []
+    schedule = DropRateSchedule(model(), name, steps=steps, warmup_steps=warmup_steps)
+    monkeypatch.setattr("fxsd.schedule.rest", lambda gm: rested.append(schedule.last_step))
+    schedule.load_state_dict(schedule.state_dict())
+    found = rates(schedule, 12)
+    assert rested == ([] if first is None else list(range(first, 12)))
+    assert first is None or set(found[first:]) == {found[first]}
+    assert not first or found[first - 1] != found[first] or name == "progressive"  # which comes to rest sooner
+
+
 def test_the_sites_have_their_share_at_every_step() -> None:
     gm = model(0.4, drop_distribution="linear")
     shares = [site.drop_rate / 0.4 for site in fxsd.sites(gm)]

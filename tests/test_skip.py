@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from draws import at_random, forced
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
@@ -474,6 +474,12 @@ def variables(seen: list[int]) -> Callable[..., Any]:
     return backend
 
 
+def rows_run(op: SkipStochasticDepth, batch: int = 8) -> int:
+    """How many rows compiled code runs of a batch that it has met."""
+    size = getattr(op, f"size_{batch}")
+    return size.shape[0] if isinstance(size, Tensor) else size
+
+
 class Named(nn.Module):
     """Torch's own container inside a class of the user's."""
 
@@ -534,7 +540,7 @@ def test_sizes_are_variables_from_the_start_where_they_are_many_and_in_no_stride
         compiled(x)
     assert seen == [6 if varies else 0]
     ops = [op for op in gm.modules() if isinstance(op, SkipStochasticDepth)]
-    run = [getattr(op, f"size_{batch}").shape[0] for op in ops]
+    run = [rows_run(op, batch) for op in ops]
     needed = [math.ceil(batch * (1 - op.rate)) for op in ops]
     assert all(rows >= least for rows, least in zip(run, needed, strict=True))
     if varies:
@@ -559,14 +565,58 @@ def test_branches_that_turn_the_batch_run_all_rows_once_rates_move():
     turning, other = (op for op in gm.modules() if isinstance(op, SkipStochasticDepth))
     compiled, x, calls = torch.compile(gm, fullgraph=True, backend=variables(seen)), torch.randn(8, 5, WIDTH), 400
     compiled(x)
-    assert (turning.size_8.shape[0], other.size_8.shape[0]) == (4, 4)
+    assert (rows_run(turning), rows_run(other)) == (4, 4)
     for rate in (0.25, 0.75, 0.5):
         fxsd.set_drop_rate(gm, rate)
         same = torch.stack([(compiled(x) == x).flatten(1).all(1) for _ in range(calls)]).float()
-        assert (turning.size_8.shape[0], other.size_8.shape[0]) == (8, 8 * (1 - rate))
+        assert (rows_run(turning), rows_run(other)) == (8, 8 * (1 - rate))
         both = rate**2  # sites drop a row independently
         assert same.mean(0).tolist() == pytest.approx([both] * 8, abs=4.5 * math.sqrt(both * (1 - both) / calls))
     assert seen == [0, 1]
+
+
+@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
+@compiled_code
+@pytest.mark.parametrize(("start", "graphs"), [(0.0, [0, 1, 0]), (0.5, [0, 1])])  # what was compiled for .5 runs again
+def test_sizes_are_constants_again_once_a_schedule_is_over(start: float, graphs: list[int]):
+    torch._dynamo.reset()
+    seen: list[int] = []
+    model = nn.Sequential(Block(sequence_first=True), Block())
+    gm = skipping(model, torch.randn(2, 5, WIDTH), drop_rate=start, include=None)
+    turning, other = (op for op in gm.modules() if isinstance(op, SkipStochasticDepth))
+    compiled, x = torch.compile(gm, fullgraph=True, backend=variables(seen)), torch.randn(8, 5, WIDTH)
+    compiled(x)
+    schedule = fxsd.DropRateSchedule(gm, drop_rate=0.5, warmup_steps=10)
+    for step in range(1, 14):
+        schedule.step()
+        compiled(x)
+        over = step >= 10
+        assert (rows_run(turning), isinstance(other.size_8, int)) == ((4, True) if over else (8, False))
+    assert (rows_run(other), seen) == (4, graphs)
+    fxsd.set_drop_rate(gm, 0.25)
+    compiled(x)
+    assert (rows_run(turning), rows_run(other), seen) == (8, 6, graphs)  # what was compiled for rates that move runs again
+    fxsd.DropRateSchedule(gm, drop_rate=0.5)  # nothing moves any more
+    compiled(x)
+    assert (rows_run(turning), rows_run(other), seen) == (4, 4, graphs)
+
+
+@compiled_code
+def test_compiled_code_skips_once_a_schedule_is_over():
+    torch._dynamo.reset()
+    skipped: list[bool] = []
+
+    def backend(graph: fx.GraphModule, _: Any) -> Any:
+        skipped.append(any("draw_rows" in str(node.target) or "randperm" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    gm = skipping(mlps(2), torch.randn(2, 5, WIDTH), include=None)
+    compiled, x = torch.compile(gm, fullgraph=True, backend=backend), torch.randn(8, 5, WIDTH)
+    schedule = fxsd.DropRateSchedule(gm, warmup_steps=3)
+    for _ in range(5):
+        compiled(x)
+        schedule.step()
+    assert skipped == [SIZES_MOVE, True]
 
 
 @pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
@@ -582,11 +632,11 @@ def test_sites_share_a_variable_while_little_is_lost():
         for op, rate in zip(ops, rates, strict=True):
             op.set_drop_rate(rate)
             if seen:
-                assert [op.site for op in ops if op.size_8.shape[0] < 8 * (1 - op.rate)] == []
+                assert [op.site for op in ops if rows_run(op) < 8 * (1 - op.rate)] == []
         for op in ops:
             op.settle()
         compiled(x)
-        return [op.size_8.shape[0] for op in ops]
+        return [rows_run(op) for op in ops]
 
     assert (run(0.5, 0.5, 0.5), seen) == ([4, 4, 4], [0])
     assert (run(0.25, 0.25, 0.25), seen) == ([6, 6, 6], [0, 1])
@@ -613,7 +663,7 @@ def test_a_warm_up_of_many_rates_compiles_twice_at_most(start: float, compiles: 
     ops = [op for op in gm.modules() if isinstance(op, SkipStochasticDepth)]
     for step in range(21):
         compiled(x)
-        run, needed = [op.size_64.shape[0] for op in ops], [64 * (1 - op.rate) for op in ops]
+        run, needed = [rows_run(op, 64) for op in ops], [64 * (1 - op.rate) for op in ops]
         assert all(rows >= least - 1e-4 for rows, least in zip(run, needed, strict=True))
         assert -1e-4 < sum(run) - fewest(needed, 6) < len(ops)
         fxsd.set_drop_rate(gm, (step + 1) / 50)
@@ -644,7 +694,7 @@ def test_rates_move_in_inference_mode_and_outside():
         with torch.inference_mode(inference):
             fxsd.set_drop_rate(gm, rate)
             assert compiled(x).shape == x.shape
-        assert {op.size_8.shape[0] for op in gm.modules() if isinstance(op, SkipStochasticDepth)} == {8 * (1 - rate)}
+        assert {rows_run(op) for op in gm.modules() if isinstance(op, SkipStochasticDepth)} == {8 * (1 - rate)}
 
 
 @compiled_code
