@@ -79,7 +79,8 @@ def set_drop_rate(gm: nn.Module, drop_rate: float) -> None:
     """Moves the rates of all sites in place, keeping their distribution.
 
     Compiled code sees it without compiling again in mask mode. Where it skips branches it compiles once more, the first time a rate
-    moves. On a CPU, branches that put other dims before the batch and back then run all rows.
+    moves. On a CPU, branches that put other dims before the batch and back then run all rows, until a `DropRateSchedule` says that the
+    rate stays, as `fxsd.DropRateSchedule(gm)` does at once.
 
     Where the distribution stated rates itself (a sequence or a mapping), they keep their proportions and the largest becomes `drop_rate`.
 

@@ -596,7 +596,8 @@ def test_sizes_are_constants_again_once_a_schedule_is_over(start: float, graphs:
     fxsd.set_drop_rate(gm, 0.25)
     compiled(x)
     assert (rows_run(turning), rows_run(other), seen) == (8, 6, graphs)  # what was compiled for rates that move runs again
-    fxsd.DropRateSchedule(gm, drop_rate=0.5)  # nothing moves any more
+    fxsd.set_drop_rate(gm, 0.5)
+    fxsd.DropRateSchedule(gm)  # nothing moves any more
     compiled(x)
     assert (rows_run(turning), rows_run(other), seen) == (4, 4, graphs)
 
