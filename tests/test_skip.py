@@ -464,6 +464,21 @@ def test_compiled_rates_and_batch_sizes_move_without_compiling_each():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
+@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
+@compiled_code
+def test_rates_move_from_and_to_zero_without_compiling_where_the_batch_is_a_variable():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    gm = skipping(mlps(2), torch.randn(2, 5, WIDTH), include=None)
+    compiled = torch.compile(gm, fullgraph=True, backend=counter, dynamic=True)
+    fxsd.set_drop_rate(gm, 0.25)
+    for rate in (0.5, 0.0, 0.25):
+        fxsd.set_drop_rate(gm, rate)
+        for batch in (8, 12):
+            compiled(torch.randn(batch, 5, WIDTH))
+    assert counter.frame_count == 1
+
+
 def variables(seen: list[int]) -> Callable[..., Any]:
     """A backend that notes of each graph how many sizes are variables of it."""
 
