@@ -31,7 +31,8 @@ class DropRateSchedule:
 
     The rate of step 0 is set at once; call `step()` after each training step (or epoch: the unit of `steps` is how often it is called).
     All sites move together and keep their distribution. In mask mode compiled code does not compile again; where it skips branches, it
-    does so once or twice, and once more when a named schedule is over: the numbers of rows may be constants then. Sites that draw the same on all ranks (`sync_ranks`) draw by the step: a run that is resumed goes on as it would have.
+    does so once or twice, and once more when a named schedule is over: the numbers of rows may be constants then. Sites that draw the
+    same on all ranks (`sync_ranks`) draw by the step: a run that is resumed goes on as it would have.
 
     Args:
         gm: what `fxsd.transform` returned, or a module that holds it: compiled, DDP, FSDP.
