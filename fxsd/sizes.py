@@ -49,15 +49,16 @@ class Sizes:
 
     Attributes:
         moved: has a rate been another one, so that it may move again?
+        changes: how often has what `of` says changed, or may it have?
     """
 
     def __init__(self, vary: bool = False) -> None:
         self.vary = vary and SIZES_MOVE
-        self.moved = False
+        self.moved, self.changes = False, 0
         self._sites: dict[str, _Site] = {}
         self._groups: dict[str, int] = {}  # of sites that share a variable
         self._groupings, self._lost_at_first = 0, 0.0
-        self._settled = True
+        self._settled = 0  # of the changes
         self._made: dict[tuple[int, int], Tensor] = {}
 
     def add(self, site: str, kind: object, least: int, parts: int, turns: bool) -> None:
@@ -70,7 +71,8 @@ class Sizes:
 
     def follow(self, site: str, parts: int) -> None:
         """A site has another rate."""
-        self._sites[site].parts, self.moved, self._settled = parts, True, False
+        self._sites[site].parts, self.moved = parts, True
+        self.changes += 1
         for group, batch in self._made:
             if group == self._groups[site]:
                 self._resize(group, batch)
@@ -93,13 +95,15 @@ class Sizes:
 
     def rest(self) -> None:
         """Rates stay as they are from now on, so that numbers may be constants again. Variables stay, should a rate move after all."""
-        self.moved = False
+        if self.moved:
+            self.moved = False
+            self.changes += 1
 
     def settle(self) -> None:
         """All rates are set: where too many rows run now, other sites are to share a variable."""
-        if self._settled:
+        if self._settled == self.changes:
             return
-        self._settled = True
+        self._settled = self.changes
         if self._groups and self._lost() > self._lost_at_first + _LOST:
             self._made.clear()
             self._group({name: site.parts for name, site in self._sites.items()})

@@ -64,6 +64,7 @@ class SkipStochasticDepth(StochasticDepth):
         self.sizes = sizes or Sizes()
         self.sizes.add(self.site, work, least_rows, self._keep_parts, turns)
         self.met: dict[int, torch.device] = {}  # the batches of compiled code
+        self._settled = self.sizes.changes
 
     def forward(self, like: Tensor, mask: bool = False) -> Rows | Tensor:  # type: ignore[override]
         if mask:
@@ -106,7 +107,8 @@ class SkipStochasticDepth(StochasticDepth):
         if has_static_value(batch):
             self._meet(batch, device)
             kept, size = getattr(self, f"kept_{batch}"), getattr(self, f"size_{batch}")
-            run, varies = (size.shape[0], True) if isinstance(size, Tensor) else (size, False)
+            varies = isinstance(size, Tensor)
+            run = size.shape[0] if varies else size
         else:
             kept, run = self._for_variable(batch, device)
             varies = self.sizes.moved
@@ -140,13 +142,14 @@ class SkipStochasticDepth(StochasticDepth):
 
     def settle(self) -> None:
         self.sizes.settle()
-        for batch in self.met:
-            self._find_size(batch)
+        if self._settled != self.sizes.changes:  # a schedule comes here at each step, and most often nothing has
+            self._settled = self.sizes.changes
+            for batch in self.met:
+                self._find_size(batch)
 
     def rest(self) -> None:
         self.sizes.rest()
-        for batch in self.met:
-            self._find_size(batch)
+        self.settle()
 
     def _for_variable(self, batch: int, device: torch.device) -> tuple[Tensor, int]:
         """What `_prepare` computes of a batch, where it is a variable itself."""

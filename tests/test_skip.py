@@ -449,6 +449,7 @@ def test_a_row_that_stands_for_all_is_taken_as_it_is():
 # --- compiled -------------------------------------------------------------------------------------------------------------------------
 
 compiled_code = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+where_sizes_move = pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask while rates move")
 
 
 @compiled_code
@@ -462,21 +463,6 @@ def test_compiled_rates_and_batch_sizes_move_without_compiling_each():
         for batch in (8, 12):
             compiled(torch.randn(batch, 5, WIDTH)).sum().backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
-
-
-@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
-@compiled_code
-def test_rates_move_from_and_to_zero_without_compiling_where_the_batch_is_a_variable():
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    gm = skipping(mlps(2), torch.randn(2, 5, WIDTH), include=None)
-    compiled = torch.compile(gm, fullgraph=True, backend=counter, dynamic=True)
-    fxsd.set_drop_rate(gm, 0.25)
-    for rate in (0.5, 0.0, 0.25):
-        fxsd.set_drop_rate(gm, rate)
-        for batch in (8, 12):
-            compiled(torch.randn(batch, 5, WIDTH))
-    assert counter.frame_count == 1
 
 
 def variables(seen: list[int]) -> Callable[..., Any]:
@@ -518,7 +504,7 @@ def test_sizes_in_containers_move_without_compiling_each():
     assert counter.frame_count == 2
 
 
-@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
+@where_sizes_move
 @compiled_code
 def test_sizes_are_constants_until_a_rate_moves():
     torch._dynamo.reset()
@@ -570,7 +556,7 @@ def test_sizes_are_variables_from_the_start_where_they_are_many_and_in_no_stride
     assert len(seen) == (1 if varies else 2)
 
 
-@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
+@where_sizes_move
 @compiled_code
 def test_branches_that_turn_the_batch_run_all_rows_once_rates_move():
     torch._dynamo.reset()
@@ -590,7 +576,7 @@ def test_branches_that_turn_the_batch_run_all_rows_once_rates_move():
     assert seen == [0, 1]
 
 
-@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
+@where_sizes_move
 @compiled_code
 @pytest.mark.parametrize(("start", "graphs"), [(0.0, [0, 1, 0]), (0.5, [0, 1])])  # what was compiled for .5 runs again
 def test_sizes_are_constants_again_once_a_schedule_is_over(start: float, graphs: list[int]):
@@ -635,7 +621,7 @@ def test_compiled_code_skips_once_a_schedule_is_over():
     assert skipped == [SIZES_MOVE, True]
 
 
-@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
+@where_sizes_move
 @compiled_code
 def test_sites_share_a_variable_while_little_is_lost():
     torch._dynamo.reset()
@@ -668,7 +654,7 @@ def test_sites_share_a_variable_while_little_is_lost():
     assert len({id(op.size_8) for op in copied.modules() if isinstance(op, SkipStochasticDepth)}) == 1
 
 
-@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
+@where_sizes_move
 @compiled_code
 @pytest.mark.parametrize(("start", "compiles"), [(0.0, 2), (0.4, 1)])
 def test_a_warm_up_of_many_rates_compiles_twice_at_most(start: float, compiles: int):
@@ -686,21 +672,23 @@ def test_a_warm_up_of_many_rates_compiles_twice_at_most(start: float, compiles: 
     assert seen == [0, 6][-compiles:]
 
 
-@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
+@where_sizes_move
 @compiled_code
-def test_a_rate_that_has_moved_before_compiles_once():
+@pytest.mark.parametrize(("dynamic", "rates", "batches"), [(None, (0.5, 0.4, 0.3), (8,)), (True, (0.5, 0.0, 0.25), (8, 12))])
+def test_a_rate_that_has_moved_before_compiles_once(dynamic: bool | None, rates: tuple[float, ...], batches: tuple[int, ...]):
     torch._dynamo.reset()
     counter = CompileCounter()
     gm = skipping(mlps(2), torch.randn(2, 5, WIDTH), include=None)
-    compiled, x = torch.compile(gm, fullgraph=True, backend=counter), torch.randn(8, 5, WIDTH)
+    compiled = torch.compile(gm, fullgraph=True, backend=counter, dynamic=dynamic)
     fxsd.set_drop_rate(gm, 0.2)
-    for rate in (0.5, 0.4, 0.3):
+    for rate in rates:
         fxsd.set_drop_rate(gm, rate)
-        compiled(x)
+        for batch in batches:
+            compiled(torch.randn(batch, 5, WIDTH))
     assert counter.frame_count == 1
 
 
-@pytest.mark.skipif(not SIZES_MOVE, reason=f"torch {torch.__version__}: compiled code takes the mask once a rate has moved")
+@where_sizes_move
 @compiled_code
 def test_rates_move_in_inference_mode_and_outside():
     torch._dynamo.reset()
