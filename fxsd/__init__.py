@@ -7,9 +7,9 @@
 """
 
 from fxsd.errors import CaptureError, FxsdError
+from fxsd.find.residual import RejectedAdd
 from fxsd.pipeline import analyze, transform
 from fxsd.report import Analysis
-from fxsd.residual import RejectedAdd
 from fxsd.schedule import DropRateSchedule
 from fxsd.site import ResidualSite, set_drop_rate, sites
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from fxsd.errors import FxsdError
-from fxsd.ops import METHODS, SCALINGS
 from fxsd.rates import Distribution, check_distribution, check_rate
+from fxsd.run.ops import METHODS, SCALINGS
 
 Names: TypeAlias = "str | Sequence[str] | None"
 

@@ -13,7 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fxsd.residual import RejectedAdd
+from fxsd.find.residual import RejectedAdd
 from fxsd.site import ResidualSite
 
 _PATIENCE = 1.0  # seconds before progress is shown

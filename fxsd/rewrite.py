@@ -19,7 +19,6 @@ import operator
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
 from typing import Any
@@ -27,33 +26,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxsd.batch import Region
 from fxsd.capture import Captured, Part
 from fxsd.capture.calls import Place
-from fxsd.checkpoints import MARK
-from fxsd.graphmodule import META, StochasticGraphModule, build, replace_inside, shallow_tree
-from fxsd.ops import StochasticDepth
-from fxsd.residual import Residual
-from fxsd.rows import counted, fork, merge, spread, take
-from fxsd.sizes import Sizes
-from fxsd.skip import SkipStochasticDepth
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One site to be: the add as found, and what its op shall be."""
-
-    name: str
-    residual: Residual
-    depth: int
-    weight: float
-    drop_rate: float
-    region: Region | None = None  # what is skipped, if anything is
-    reason: str = ""  # why nothing is, where that was asked for
-
-    @property
-    def compute(self) -> str:
-        return "mask" if self.region is None else "skip"
+from fxsd.find.residual import Residual
+from fxsd.graph.checkpoints import MARK
+from fxsd.graph.graphmodule import META, StochasticGraphModule, build, replace_inside, shallow_tree
+from fxsd.legal.batch import Region
+from fxsd.plan import Plan
+from fxsd.run.ops import StochasticDepth
+from fxsd.run.rows import counted, fork, merge, spread, take
+from fxsd.run.sizes import Sizes
+from fxsd.run.skip import SkipStochasticDepth
 
 
 def rewrite(

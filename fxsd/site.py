@@ -9,9 +9,9 @@ from itertools import chain
 from torch import fx, nn
 
 from fxsd.errors import FxsdError
-from fxsd.graphmodule import META, StochasticGraphModule
-from fxsd.ops import StochasticDepth
+from fxsd.graph.graphmodule import META, StochasticGraphModule
 from fxsd.rates import check_rate, largest_rate
+from fxsd.run.ops import StochasticDepth
 
 
 @dataclass(frozen=True)

@@ -18,4 +18,5 @@ def tool(request):
     """The module in tools/ that a test file is named after."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(TOOLS))
-        yield importlib.import_module(request.module.__name__.rpartition(".")[2].removeprefix("test_"))
+        (file,) = TOOLS.rglob(f"{Path(request.path).stem.removeprefix('test_')}.py")
+        yield importlib.import_module(".".join(file.relative_to(TOOLS).with_suffix("").parts))

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import fxsd
-from fxsd.ops import StochasticDepth
-from fxsd.rows import Rows
-from fxsd.skip import SkipStochasticDepth
+from fxsd.run.ops import StochasticDepth
+from fxsd.run.rows import Rows
+from fxsd.run.skip import SkipStochasticDepth
 from fxsd.versions import NO_COND
 
 # Where compiled code cannot leave a branch out as a whole.

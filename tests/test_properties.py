@@ -21,7 +21,7 @@ from models import assert_equal, gradients, outputs
 from torch import Tensor, nn
 
 import fxsd
-from fxsd.dominators import Dominators
+from fxsd.find.dominators import Dominators
 from fxsd.rates import NAMED
 
 WIDTH = 3

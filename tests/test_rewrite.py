@@ -40,7 +40,7 @@ from models import (
 from torch import Tensor, nn
 
 import fxsd
-from fxsd.ops import StochasticDepth
+from fxsd.run.ops import StochasticDepth
 
 WITH_SITES = [pytest.param(c, id=c.name) for c in CASES if c.sites and not c.known_failure]
 HALF = {"drop_rate": 0.5, "drop_distribution": "uniform"}

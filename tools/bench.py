@@ -4,7 +4,7 @@
 calls take turns in one process, and a ratio is the median of the ratios of the rounds. The second is over graphs that grow: where the
 time is linear in their size, ms per node stays the same from row to row.
 
-`step` and `op` measure training; they are in commands.py.
+`step` and `op` measure training; they are in timing/commands.py.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import growing
-import measuring
 import torch
-from commands import add_op, add_step, positive, shape
+from measure import measuring
+from measure.arguments import positive, shape
 from rich.text import Text
-from subjects import build, example_shape
+from timing import growing
+from timing.commands import add_op, add_step
+from timing.subjects import build, example_shape
 from torch import fx, nn
 
 import fxsd

@@ -15,20 +15,20 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import measuring
-import plotting
 import torch
-from commands import check, positive, probability, spread
-from nets import NORMS, Size
+from measure import measuring
+from measure.arguments import check, positive, probability, spread
+from measure.stepping import Rate
+from measure.variants import BASE
 from rich.text import Text
-from stepping import Rate
-from tasks import DIGITS, LOSS, MNIST1D, STDLIB, Source
-from training import RESNET, TRANSFORMER, Arm, Run, Setting, build, cached_task
-from trials import SEARCH_SEEDS, Candidate, Summary, best, for_equal_time, run_all, summarize
-from variants import BASE
+from trial.curves import curves
+from trial.nets import NORMS, Size
+from trial.tasks import DIGITS, LOSS, MNIST1D, STDLIB, Source
+from trial.training import RESNET, TRANSFORMER, Arm, Run, Setting, build, cached_task
+from trial.trials import SEARCH_SEEDS, Candidate, Summary, best, for_equal_time, run_all, summarize
 
 from fxsd import FxsdError
-from fxsd.ops import METHODS
+from fxsd.run.ops import METHODS
 
 QUICK = {"seeds": 4, "epochs": 15, "samples": 1000, "jobs": 2}
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
                 raise
     _show(summarize(results), setting, task.metric)
     if args.plot:
-        plotting.curves(results, _metric(task.metric), Path(args.plot))
+        curves(results, _metric(task.metric), Path(args.plot))
 
 
 def _search(options: Sequence[Sequence[Arm]], setting: Setting, metric: str, args: argparse.Namespace) -> list[list[Candidate]]:

@@ -19,15 +19,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import drawing
-from page import page
+from picture import drawing
+from picture.page import page
+from picture.view import view
 from torch import fx, nn
-from view import view
 
 import fxsd
 from fxsd import FxsdError
+from fxsd.find.values import kinds
 from fxsd.report import stage
-from fxsd.values import kinds
 
 SUFFIXES = (".svg", ".html", ".dot")
 

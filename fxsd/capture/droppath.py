@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxsd.ops import StochasticDepth
+from fxsd.run.ops import StochasticDepth
 
 _PROBE_SAMPLES = 2048  # a rate of .005 goes unseen with probability 4e-5, and then only where kept samples are not rescaled
 _TRIES = 8  # draws for a module that decides once for the whole batch

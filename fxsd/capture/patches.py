@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import BuiltinFunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import checkpoint
 
-if TYPE_CHECKING:
-    from fxsd.capture.tracer import Tracer
+from fxsd.capture.trace import Trace
 
 # Called without any proxy these would run once, at trace time, and bake their values (and draws) into the graph.
 _FACTORIES = (
@@ -43,7 +42,7 @@ class KeepsState(Untraceable):
 
 
 @contextmanager
-def recorded_functions(tracer: Tracer) -> Iterator[None]:
+def recorded_functions(tracer: Trace) -> Iterator[None]:
     """Factories of tensors are recorded even where no argument is a value of the trace, other functions of torch where one is."""
     originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_OTHERS)}
 
@@ -80,7 +79,7 @@ class Apply:
 
 
 @contextmanager
-def recorded_autograd_functions(tracer: Tracer) -> Iterator[None]:
+def recorded_autograd_functions(tracer: Trace) -> Iterator[None]:
     """`autograd.Function`s are recorded whole, but for that of `torch.utils.checkpoint`: what runs under it is recorded, and marked."""
     original = vars(torch.autograd.Function)["apply"]
 
@@ -102,7 +101,7 @@ def recorded_autograd_functions(tracer: Tracer) -> Iterator[None]:
 
 
 @contextmanager
-def noticed_contexts(tracer: Tracer) -> Iterator[None]:
+def noticed_contexts(tracer: Trace) -> Iterator[None]:
     """`with torch.no_grad():` leaves no node, so the graph would lose it without a word."""
     originals: Mapping[Any, Any] = {cls: cls.__enter__ for cls in _CONTEXTS}
 
@@ -124,7 +123,7 @@ def noticed_contexts(tracer: Tracer) -> Iterator[None]:
 
 
 @contextmanager
-def noticed_draws(tracer: Tracer) -> Iterator[None]:
+def noticed_draws(tracer: Trace) -> Iterator[None]:
     """What Python's or NumPy's `random` gives is a plain number: the graph would draw once and for all."""
     with ExitStack() as stack:
         for module in filter(None, (random, sys.modules.get("numpy.random"))):
@@ -137,7 +136,7 @@ def noticed_draws(tracer: Tracer) -> Iterator[None]:
 
 
 @contextmanager
-def recorded_checkpoints(tracer: Tracer) -> Iterator[None]:
+def recorded_checkpoints(tracer: Trace) -> Iterator[None]:
     """Inside, what runs under `torch.utils.checkpoint(use_reentrant=False)` is recorded, and marked."""
     name = "_checkpoint_without_reentrant_generator"  # around which the function is called; later versions have it in another
     name = f"{name}_impl" if hasattr(checkpoint, f"{name}_impl") else name
@@ -163,7 +162,7 @@ def recorded_checkpoints(tracer: Tracer) -> Iterator[None]:
         setattr(checkpoint, name, run)
 
 
-def _refusing(tracer: Tracer, function: Callable[..., Any], why: str) -> Callable[..., Any]:
+def _refusing(tracer: Trace, function: Callable[..., Any], why: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         if tracer.set_aside:
             return function(*args, **kwargs)

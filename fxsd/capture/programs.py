@@ -15,8 +15,8 @@ from typing import Any
 from torch import fx
 
 from fxsd.capture.tracer import Tracer
-from fxsd.residual import call, owner
-from fxsd.values import is_flag
+from fxsd.find.residual import call, owner
+from fxsd.find.values import is_flag
 
 
 def trace_modes(

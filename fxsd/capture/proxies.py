@@ -9,16 +9,13 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy
 from torch import Tensor, fx
 
-from fxsd.values import is_size
-
-if TYPE_CHECKING:
-    from fxsd.capture.tracer import Tracer
-
+from fxsd.capture.trace import Trace
+from fxsd.find.values import is_size
 
 _OF_SHAPE = ("shape", "size", "dim", "ndim", "numel", "nelement")
 _PROPERTIES = {"data", "grad", "names", "requires_grad"}  # of tensors, which can be set
@@ -36,7 +33,7 @@ class Value(fx.Proxy):
     Tensors are dense: the layouts that no captured graph supports are known to be absent.
     """
 
-    tracer: Tracer
+    tracer: Trace
 
     @property
     def is_nested(self) -> bool:
@@ -147,7 +144,7 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 class Weight(Value):
     """A parameter or a buffer. Its shape is a plain one."""
 
-    def __init__(self, node: fx.Node, tracer: Tracer, tensor: Tensor) -> None:
+    def __init__(self, node: fx.Node, tracer: Trace, tensor: Tensor) -> None:
         super().__init__(node, tracer)
         self.tensor = tensor
 
@@ -201,7 +198,7 @@ def itself(value: Any) -> Any:
 
 
 @contextmanager
-def known_types(tracer: Tracer) -> Iterator[None]:
+def known_types(tracer: Trace) -> Iterator[None]:
     """Inside, Python's `isinstance`, `callable` and `len` of a value answer for what the value stands for."""
     is_instance, is_callable, length = builtins.isinstance, builtins.callable, builtins.len
     kinds = (Value, Weight, Attribute)

@@ -37,10 +37,11 @@ from fxsd.capture.proxies import Attribute, Value, Weight, itself, known_types
 from fxsd.capture.signature import bind
 from fxsd.capture.snapshot import Snapshot
 from fxsd.capture.source import failing_line, this_line
-from fxsd.checkpoints import MARK, Checkpoint
+from fxsd.capture.trace import Trace
 from fxsd.errors import CaptureError, FxsdError
-from fxsd.graphmodule import CONSTANTS
-from fxsd.values import is_reading, is_size, op_name
+from fxsd.find.values import is_reading, is_size, op_name
+from fxsd.graph.checkpoints import MARK, Checkpoint
+from fxsd.graph.graphmodule import CONSTANTS
 
 # nn.Module subclasses whose own forward holds no sum of activations, or is not worth reading, are leaves; these hold residual adds.
 _COMPOSITES = (
@@ -52,7 +53,7 @@ _PLAIN = {tuple, list, dict, slice, str, int, float, bool, type(None)}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class Tracer(fx.Tracer):
+class Tracer(Trace):
     """Traces a model whole, with three differences from `fx.Tracer`.
 
     - `training` stays live (see `modes`); `branched` names the modules whose Python decided on it.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fxsd.errors import FxsdError, told
-from fxsd.graphmodule import become
+from fxsd.graph.graphmodule import become
 from fxsd.options import Names, Options
 from fxsd.pipeline import transform
 from fxsd.rates import Distribution

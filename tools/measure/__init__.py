@@ -1,0 +1,1 @@
+"""What the scripts that measure share: clocks, training steps, variants of a model and their command lines."""
