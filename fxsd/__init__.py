@@ -12,6 +12,7 @@ from fxsd.pipeline import analyze, transform
 from fxsd.report import Analysis
 from fxsd.schedule import DropRateSchedule
 from fxsd.site import ResidualSite, set_drop_rate, sites
+from fxsd.written import source
 
 __version__ = "0.1.0"
 
@@ -25,5 +26,6 @@ __all__ = [
     "analyze",
     "set_drop_rate",
     "sites",
+    "source",
     "transform",
 ]

@@ -12,11 +12,12 @@ from torch import nn
 
 from fxsd.errors import FxsdError
 from fxsd.options import Names, Options
-from fxsd.plan import no_sites, plan
+from fxsd.plan import Planned, no_sites, plan
 from fxsd.rates import Distribution
 from fxsd.report import Analysis, stage
 from fxsd.rewrite import rewrite
 from fxsd.site import ResidualSite
+from fxsd.write import write
 
 
 def transform(
@@ -38,10 +39,12 @@ def transform(
 ) -> nn.Module:
     """Adds stochastic depth to a model: every residual add `shortcut + branch` becomes `shortcut + drop(branch)`.
 
-    The model is not changed. The result shares its parameters, buffers and leaf modules; `copy.deepcopy` the model first for independence.
+    The model is not changed. The result shares its parameters, buffers and the modules below those that execute an add; `copy.deepcopy` the
+    model first for independence. What runs is the model's own Python with the op written into it (`fxsd.source` shows it), in every call
+    and method; with `compute="skip"` the captured graph.
 
     Args:
-        model: any module. Where it cannot be one graph, its largest parts that can be are rewritten.
+        model: any module.
         drop_rate: probability that a branch is dropped, in [0, 1]; spread over depth by `drop_distribution`.
         drop_distribution: `"linear"`, `"uniform"`, `"huang"`, `"efficientnet"`, `"exponential"`; a callable `f(depth, depths)` that gives
             a factor of `drop_rate`; a sequence with one rate a depth; or a mapping from globs of site names to rates.
@@ -57,23 +60,24 @@ def transform(
         depth_by: `"block"`: the adds of one block (the nearest numbered module around them) share a depth. `"add"`: each has its own.
         existing: stochastic depth already at a site: `"replace"` it, `"keep"` it and leave the site alone, or raise an `"error"`.
         example_inputs: a tuple of args or a dict of kwargs of the call to capture: says which optional arguments are given, and lets
-            Python decide on sizes. Shapes are followed on fake tensors; only a model that cannot be one graph is run, once in each
-            mode. Sizes stay live where nothing was decided on them; where something was, the result checks it and raises
-            `FxsdError` for inputs that would decide otherwise.
+            Python decide on sizes. Shapes are followed on fake tensors; the model is run, once in each mode and once more with twice
+            the samples, only where something of it is in no graph. Other calls work as well; a graph that runs keeps what was decided,
+            and raises `FxsdError` for inputs that would decide otherwise.
         subset_batch_norm: skip branches with batch norm too, whose statistics are then those of the kept samples (two at least).
         sync_ranks: every rank draws the same, without communication; for `"block"` only. Ranks must be seeded alike (`torch.manual_seed`)
             when they transform, and make the same training forwards. A `DropRateSchedule` starts a run that is resumed where it was.
 
     Returns:
         A `torch.fx.GraphModule` that is an instance of the model's class too, with the same state-dict keys, parameters and signature, in
-        the same mode. `train()` and `eval()` act on it as on the model; `torch.compile(gm, fullgraph=True)` takes it whole. Where
-        the model cannot be one graph: a shallow copy of it whose parts are such GraphModules.
+        the same mode. `train()` and `eval()` act on it as on the model; `torch.compile(gm, fullgraph=True)` takes it whole where it
+        takes the model so. Where the model cannot be one graph: an instance of its class alone.
 
     Raises:
-        FxsdError: an argument is out of range, the model cannot be captured, or it has no residual add.
+        FxsdError: an argument is out of range, the model cannot be captured, it has no residual add, or none at which an op can be
+            written.
 
     Warns:
-        UserWarning: some residual adds lie in code that could not be captured, and stay as they are.
+        UserWarning: some residual adds lie in code that could not be captured, or written to, and stay as they are.
 
     References:
         Huang et al., "Deep Networks with Stochastic Depth", 2016, https://arxiv.org/abs/1603.09382
@@ -105,15 +109,26 @@ def transform(
         planned = plan(model, options)
         if not planned.plans:
             raise FxsdError(no_sites(planned))
-        hidden = planned.captured.hidden
-        if hidden:
-            lost = "; ".join(f"{adds} in {path or 'the model itself'}" for path, adds in hidden.items())
-            warnings.warn(
-                f"{len(planned.plans)} residual adds were rewritten, and {sum(hidden.values())} lie in code that could not be captured: "
-                f"{lost}. fxsd.analyze(model, example_inputs=...).print() says why.",
-                stacklevel=2,
-            )
+        _warn(planned)
+        if planned.in_code:
+            return write(planned, stochastic_method, scaling, sync_ranks)
         return rewrite(planned.captured, planned.plans, planned.eval_residuals, stochastic_method, scaling, sync_ranks)
+
+
+def _warn(planned: Planned) -> None:
+    """Says that residual adds stay as they are, though nobody asked for that."""
+    hidden = planned.captured.hidden
+    done = f"{len(planned.plans)} residual adds were rewritten, and "
+    if hidden:
+        lost = "; ".join(f"{adds} in {path or 'the model itself'}" for path, adds in hidden.items())
+        warnings.warn(
+            f"{done}{sum(hidden.values())} lie in code that could not be captured: "
+            f"{lost}. fxsd.analyze(model, example_inputs=...).print() says why.",
+            stacklevel=3,
+        )
+    if planned.lost:
+        why = "; ".join(dict.fromkeys(each.reason for each in planned.lost))
+        warnings.warn(f"{done}{len(planned.lost)} stay as they are: {why}.", stacklevel=3)
 
 
 def analyze(model: nn.Module, drop_rate: float = 0.1, **options: Any) -> Analysis:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, count
 from typing import Any
@@ -95,36 +95,55 @@ def _rewrite_part(
                 work=plan.region.work,
                 turns=plan.region.strided and not plan.residual.batch_dim,
             )
-        op = make(
-            plan.drop_rate,
-            stochastic_method,
-            scaling,
-            site=plan.name,
-            module=plan.residual.module,
-            depth=plan.depth,
-            kind=plan.residual.kind,
-            reason=plan.reason,
-            weight=plan.weight,
-            batch_dim=plan.residual.batch_dim,
-            sync_ranks=sync_ranks,
-            device=_device(home, root),
-        ).train(home.training)
+        op = new_op(plan, plans.index(plan), stochastic_method, scaling, sync_ranks, device_of(home, root), make).train(home.training)
         target = _attach(home, path, op, numbers[home])
         if plan.region is None:
-            _insert_mask(plan.residual, target, retired)
+            insert_mask(plan.residual, target, retired)
         else:
             _insert_skip(plan.residual, plan.region, target, retired)
         if plan.name in twins:
-            (_insert_mask if plan.region is None else _insert_scale)(twins[plan.name], target, retired)
+            (insert_mask if plan.region is None else _insert_scale)(twins[plan.name], target, retired)
     gm = build(root, *part.graphs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.7 warns of attributes that are no tensors; `training` is read on purpose
-        for graph in part.graphs:
-            graph.lint()
+    lint(part.graphs)
     return gm
 
 
-def _device(home: nn.Module, root: nn.Module) -> torch.device:
+def new_op(
+    plan: Plan,
+    order: int,
+    stochastic_method: str,
+    scaling: str,
+    sync_ranks: bool,
+    device: torch.device,
+    make: Callable[..., StochasticDepth] = StochasticDepth,
+) -> StochasticDepth:
+    """The op of a site. `order` is its place among all."""
+    return make(
+        plan.drop_rate,
+        stochastic_method,
+        scaling,
+        site=plan.name,
+        module=plan.residual.module,
+        depth=plan.depth,
+        order=order,
+        kind=plan.residual.kind,
+        reason=plan.reason,
+        weight=plan.weight,
+        batch_dim=plan.residual.batch_dim,
+        sync_ranks=sync_ranks,
+        device=device,
+    )
+
+
+def lint(graphs: Iterable[fx.Graph]) -> None:
+    """Raises where a graph is not sound."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.7 warns of attributes that are no tensors; `training` is read on purpose
+        for graph in graphs:
+            graph.lint()
+
+
+def device_of(home: nn.Module, root: nn.Module) -> torch.device:
     """Where the site's rate must live: with the parameters around it. A model on the meta device has no such place yet."""
     tensors = chain(home.parameters(), home.buffers(), root.parameters(), root.buffers())
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
@@ -140,14 +159,8 @@ def _attach(home: nn.Module, path: str, op: StochasticDepth, numbers: Iterator[i
 
 def _retire(root: nn.Module, residuals: Sequence[Residual]) -> dict[fx.Node, fx.Node]:
     """Takes out the stochastic depth that branches already end in. Returns each node taken out -> what stands for it now."""
-    retired: dict[fx.Node, fx.Node] = {}
-    for residual in residuals:
-        native = residual.existing
-        if native is None:
-            continue
-        retired[native] = native.all_input_nodes[0]
-        native.replace_all_uses_with(retired[native])
-        native.graph.erase_node(native)
+    retired = take_out(residuals)
+    for native in retired:
         home, _, name = str(native.target).rpartition(".")
         siblings = root.get_submodule(home)._modules
         if isinstance(siblings.get(name), StochasticDepth):
@@ -155,12 +168,24 @@ def _retire(root: nn.Module, residuals: Sequence[Residual]) -> dict[fx.Node, fx.
     return retired
 
 
-def _insert_mask(residual: Residual, target: str, retired: Mapping[fx.Node, fx.Node]) -> None:
+def take_out(residuals: Iterable[Residual]) -> dict[fx.Node, fx.Node]:
+    """Takes the calls of stochastic depth that branches already end in out of their graphs. Returns each -> what stands for it now."""
+    retired: dict[fx.Node, fx.Node] = {}
+    for native in dict.fromkeys(residual.existing for residual in residuals):
+        if native is not None:
+            retired[native] = native.all_input_nodes[0]
+            native.replace_all_uses_with(retired[native])
+            native.graph.erase_node(native)
+    return retired
+
+
+def insert_mask(residual: Residual, target: str, retired: Mapping[fx.Node, fx.Node]) -> None:
+    """Calls the op at `target` on a branch."""
     add = residual.add
     branch = retired.get(residual.branch, residual.branch)
     with add.graph.inserting_before(add):
         drop = add.graph.call_module(target, (branch,))
-    _mark(drop, residual, retired)
+    mark(drop, residual, retired)
     add.replace_input_with(branch, drop)
 
 
@@ -194,7 +219,7 @@ def _insert_skip(residual: Residual, region: Region, target: str, retired: Mappi
             count = graph.call_function(operator.mul, (size, times)) if one else graph.call_function(counted, (size, times, number))
         for node in users:
             node.replace_input_with(number, count)
-    _mark(rows, residual, retired)
+    mark(rows, residual, retired)
     if any(node.meta.get(MARK) != add.meta.get(MARK) for node in nodes):  # a checkpoint holds some of the branch
         rows.meta.pop(MARK, None)
     if region.merges:
@@ -219,7 +244,8 @@ def _insert_scale(residual: Residual, target: str, retired: Mapping[fx.Node, fx.
     add.replace_input_with(branch, scaled)
 
 
-def _mark(node: fx.Node, residual: Residual, retired: Mapping[fx.Node, fx.Node]) -> None:
+def mark(node: fx.Node, residual: Residual, retired: Mapping[fx.Node, fx.Node]) -> None:
+    """Makes the call of an op say which add it stands for."""
     roles = {"add": residual.add, "branch": residual.branch, "shortcut": residual.shortcut, "fork": residual.fork}
     node.meta.update(residual.add.meta)
     node.meta[META] = {role: retired.get(found, found).name for role, found in roles.items()}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 from torch import fx, nn
 
 from fxsd.errors import FxsdError
-from fxsd.graph.graphmodule import META, StochasticGraphModule
+from fxsd.graph import META, StochasticGraphModule, runs_graph
+from fxsd.graph import SHOWN as KEY
 from fxsd.rates import check_rate, largest_rate
 from fxsd.run.ops import StochasticDepth
 
@@ -58,7 +59,7 @@ def sites(gm: nn.Module) -> tuple[ResidualSite, ...]:
         >>> [(site.name, round(site.drop_rate, 2)) for site in fxsd.sites(gm)][:3]
         [('layer1.0', 0.0), ('layer1.1', 0.1), ('layer2.0', 0.2)]
     """
-    found = [tuple(_sites_of(part)) for part in _outermost(_graph_modules(gm))]
+    found = [tuple(_sites_of(root)) for root in _outermost(_roots(gm))]
     # Parts of one model count their depths together; the Python around them does not tell which comes first.
     found.sort(key=lambda part: part[0].depth if part else 0)
     return tuple(chain.from_iterable(found))
@@ -133,35 +134,76 @@ def start_step(gm: nn.Module, step: int) -> None:
 
 
 def _ops(gm: nn.Module) -> list[StochasticDepth]:
-    return [module for part in _graph_modules(gm) for module in part.modules() if isinstance(module, StochasticDepth)]
+    found = [module for module in gm.modules() if isinstance(module, StochasticDepth)] if isinstance(gm, nn.Module) else []
+    if not found:
+        _roots(gm)  # a model without sites, or none
+    return found
 
 
-def _graph_modules(gm: nn.Module) -> list[StochasticGraphModule]:
-    found = [module for module in gm.modules() if isinstance(module, StochasticGraphModule)] if isinstance(gm, nn.Module) else []
+def _roots(gm: nn.Module) -> list[nn.Module]:
+    found = [module for module in gm.modules() if _is_root(module)] if isinstance(gm, nn.Module) else []
     if not found:
         raise FxsdError(f"there is no transformed model in this {type(gm).__name__}; fxsd.transform(model) makes one.")
     return found
 
 
-def _outermost(found: Sequence[StochasticGraphModule]) -> list[StochasticGraphModule]:
-    inner = {module for part in found for module in part.modules() if module is not part}
-    return [part for part in found if part not in inner]
+def _is_root(module: nn.Module) -> bool:
+    return isinstance(module, StochasticGraphModule) or KEY in vars(module)
 
 
-def _sites_of(gm: StochasticGraphModule) -> Iterator[ResidualSite]:
-    """The sites of a graph, and where it calls another one, that one's."""
-    named = {node.name: node for node in gm.graph.nodes}
-    parts = [module for module in _graph_modules(gm) if module is not gm]
+def _outermost(found: Sequence[nn.Module]) -> list[nn.Module]:
+    inner = {module for root in found for module in root.modules() if module is not root}
+    return [root for root in found if root not in inner]
+
+
+def _sites_of(root: nn.Module) -> Iterator[ResidualSite]:
+    if isinstance(root, StochasticGraphModule) and runs_graph(root):
+        yield from _sites_in_order(root)
+        return
+    graphs = [root.graph, root.eval_graph] if isinstance(root, StochasticGraphModule) else []
+    graphs += [shown.graph for shown in vars(root).get(KEY, ())]
+    found: dict[int, tuple[int, ResidualSite]] = {}
+    for graph in filter(None, graphs):
+        for op, site in _sites_in(root, graph):
+            found.setdefault(id(op), (op.order, site))
+    yield from (site for _, site in sorted(found.values(), key=lambda each: each[0]))
+
+
+def _sites_in(root: nn.Module, graph: fx.Graph) -> Iterator[tuple[StochasticDepth, ResidualSite]]:
+    """The sites whose ops a graph calls, or would call."""
+    named = {node.name: node for node in graph.nodes}
+    for node in graph.nodes:
+        if node.op == "call_module" and META in node.meta:
+            op = _module_at(root, str(node.target))
+            if isinstance(op, StochasticDepth):
+                yield op, _site(op, node, named)
+
+
+def _module_at(root: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path; None where its owner was replaced or removed."""
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _site(op: StochasticDepth, node: fx.Node, named: Mapping[str, fx.Node]) -> ResidualSite:
+    add, branch, shortcut, fork = (named[node.meta[META][role]] for role in ("add", "branch", "shortcut", "fork"))
+    compute = "mask" if node.kwargs.get("mask") else op.compute
+    return ResidualSite(op.site, op.module, op.depth, op.rate, op.kind, compute, add, branch, shortcut, fork, op.reason)
+
+
+def _sites_in_order(gm: StochasticGraphModule) -> Iterator[ResidualSite]:
+    """The sites of a graph that runs, and where it calls another one, that one's."""
+    found = {id(op): site for op, site in _sites_in(gm, gm.graph)}
+    parts = [module for module in _roots(gm) if module is not gm]
     for node in gm.graph.nodes:
         if node.op != "call_module":
             continue
         op = gm.get_submodule(str(node.target))
-        if isinstance(op, StochasticDepth) and META in node.meta:
-            add, branch, shortcut, fork = (named[node.meta[META][role]] for role in ("add", "branch", "shortcut", "fork"))
-            compute = "mask" if node.kwargs.get("mask") else op.compute
-            yield ResidualSite(op.site, op.module, op.depth, op.rate, op.kind, compute, add, branch, shortcut, fork, op.reason)
+        if META in node.meta and id(op) in found:
+            yield found[id(op)]
         elif parts:
-            called = _outermost([module for module in op.modules() if module in parts])
-            for part in called:
+            for part in _outermost([module for module in op.modules() if module in parts]):
                 parts.remove(part)  # a part that is called twice has its sites once
                 yield from _sites_of(part)

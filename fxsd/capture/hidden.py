@@ -19,9 +19,9 @@ _SHAPES = {"shape", "size", "dim", "ndim", "numel", "dtype", "device", "stride"}
 _NUMBERS = {"len", "int", "float", "bool", "range", "isinstance", "getattr", "hasattr", "min", "max", "round", "abs"}
 
 
-def hidden_residual_adds(module: nn.Module, reached: Set[nn.Module] = frozenset()) -> int:
-    """Counts the residual adds in the forwards of `module` and of the submodules, but for those in `reached` and torch's own."""
-    classes = Counter(type(part) for part in module.modules() if part not in reached and _is_read(part))
+def hidden_residual_adds(module: nn.Module, reached: Set[int] = frozenset()) -> int:
+    """Counts the residual adds in the forwards of `module` and of the submodules, but for those with an id in `reached` and torch's own."""
+    classes = Counter(type(part) for part in module.modules() if id(part) not in reached and _is_read(part))
     return sum(_count(cls) * times for cls, times in classes.items())
 
 

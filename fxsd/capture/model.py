@@ -6,7 +6,9 @@ around them stays what runs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,49 +19,72 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxsd.capture.calls import Call, Place, Run, as_call, batch_of, observed, places, twice
 from fxsd.capture.droppath import drop_paths
 from fxsd.capture.hidden import hidden_residual_adds
+from fxsd.capture.observe import Observed, observe
 from fxsd.capture.parts import Captured, Part, join
 from fxsd.capture.patches import KeepsState
 from fxsd.capture.programs import trace_modes, within
 from fxsd.capture.snapshot import Snapshot, unchanged
 from fxsd.capture.tracer import Tracer, named, place_in_model
-from fxsd.errors import CaptureError, FxsdError
-from fxsd.graph.graphmodule import StochasticGraphModule, copy_graph
+from fxsd.errors import CaptureError, FxsdError, told
+from fxsd.graph.graphmodule import StochasticGraphModule, copy_graph, runs_graph
 from fxsd.graph.unskip import unskip
 
 
-def capture(model: nn.Module, example_inputs: Any, owners_of_sites: Callable[[Part], Set[str]]) -> Captured:
+def capture(model: nn.Module, example_inputs: Any, owners_of_sites: Callable[[Part], Set[str]], to_run: bool = False) -> Captured:
     """Captures `model`, which is left exactly as it was.
 
     Args:
         model: any module. A GraphModule brings its graph along.
-        example_inputs: a tuple of args, a dict of kwargs, or None. The model is run on them, once in each mode, only where it cannot be
-            one graph, to see how the modules in it are called.
+        example_inputs: a tuple of args, a dict of kwargs, or None. The model is run on them, once in each mode, only where it, or a module
+            in it, cannot be a graph: to see which adds run there, or, if graphs are to run, how the modules in it are called.
         owners_of_sites: the paths of the modules that execute a residual add of a part.
+        to_run: graphs are what will run, so that a model which cannot be one graph is taken apart. Otherwise they show what runs.
 
     Raises:
         FxsdError: `model` is no module, or wraps one, or `example_inputs` do not fit its forward.
     """
     _check(model)
     call = None if example_inputs is None else as_call(example_inputs)
-    with unchanged(model) as snapshot:
-        capturer = _Capturer(model, call, owners_of_sites, snapshot)
-        capturer.module("", model)
+    with unchanged(model) as snapshot, _quiet_fakes():
+        capturer = _Capturer(model, call, owners_of_sites, snapshot, to_run)
+        if to_run or call is None:
+            capturer.module("", model)
+        else:
+            capturer.whole()
         return capturer.captured()
+
+
+@contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    """Inside, fake tensors do not log what they cannot follow: it is asked again in another way, or told in an error."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class _Capturer:
     """Takes a model apart as far as it must, from the root down."""
 
-    def __init__(self, model: nn.Module, call: Call | None, owners_of_sites: Callable[[Part], Set[str]], snapshot: Snapshot) -> None:
-        self.model, self.call, self.owners_of_sites, self.snapshot = model, call, owners_of_sites, snapshot
+    def __init__(
+        self, model: nn.Module, call: Call | None, owners_of_sites: Callable[[Part], Set[str]], snapshot: Snapshot, to_run: bool
+    ) -> None:
+        self.model, self.call, self.owners_of_sites, self.snapshot, self.to_run = model, call, owners_of_sites, snapshot, to_run
+        self.modules = dict(model.named_modules())
+        # What is seen in a run needs no reader of sources.
+        self.hides_sites = hidden_residual_adds if to_run or call is None else _nothing_hidden
+        self.observed: tuple[Observed, ...] = ()
         drops = drop_paths(model, snapshot.restore)
         self.drop_paths = frozenset(path for path, module in model.named_modules() if module in drops) if drops else frozenset()
         self.fakes = None if call is None else FakeTensorMode(allow_non_fake_inputs=True)  # its first use imports much of torch
         self.parts: list[Part] = []
         self.opaque: dict[str, str] = {}
         self.failed: dict[str, str] = {}
-        self.reached: set[nn.Module] = set()  # their own code is in a graph
-        self.tried: set[nn.Module] = set()
+        self.reached: set[int] = set()  # ids of modules whose own code is in a graph
+        self.tried: set[int] = set()
         self._runs: dict[bool, Run] = {}  # by mode
         self._doubled: Run | None = None
 
@@ -70,17 +95,43 @@ class _Capturer:
         hidden: dict[str, int] = {}
         for path in sorted(self.failed, key=lambda path: -path.count(".") - bool(path)):  # inner ones first
             module = self.model.get_submodule(path)
-            hidden[path] = hidden_residual_adds(module, self.reached)
-            self.reached.update(module.modules())
+            hidden[path] = self.hides_sites(module, self.reached)
+            self.reached.update(map(id, module.modules()))
         hidden = {path: adds for path, adds in hidden.items() if adds}
         error = self._runs[False].error if False in self._runs else None
-        return Captured(self.model, tuple(parts), self.drop_paths, self.opaque, self.failed, hidden, error)
+        return Captured(self.model, tuple(parts), self.drop_paths, self.opaque, self.failed, hidden, error, self.observed)
+
+    def whole(self) -> None:
+        """Captures the model as one part if it can be one, and looks at a run for what is not in its graph."""
+        apart: Set[str] = frozenset()
+        try:
+            apart = self.part("", self.model)
+        except CaptureError as error:
+            self.snapshot.restore(self.model)
+            self.failed[""] = str(error)
+        if self.failed or self.opaque or apart:
+            assert self.call is not None
+            runs = [self.run_of(self.call, training) for training in (True, False)]
+            ended = [run for run in runs if run.error is None]
+            if not ended:
+                raise CaptureError(
+                    f"{self.failed.get('', '')} Nor does the model run on example_inputs: {told(runs[1].error or Exception())}.".lstrip()
+                )
+            doubled = self.run_of(twice(self.call), ended[-1].training)
+            if doubled.error is None:
+                ended[-1] = replace(ended[-1], doubled=doubled.graph)
+            self.observed = tuple(ended)
+
+    def run_of(self, call: Call, training: bool) -> Observed:
+        seen = observe(self.model, call, training, sorted(self.drop_paths))
+        self.snapshot.restore(self.model)
+        return seen
 
     def module(self, path: str, module: nn.Module) -> None:
         """Captures `module` as one part, or else the modules in it."""
-        if module in self.tried or module in self.reached:
+        if id(module) in self.tried or id(module) in self.reached:
             return
-        self.tried.add(module)
+        self.tried.add(id(module))
         if not self.is_called(path, module):
             self.children(path, module)
             return
@@ -111,7 +162,7 @@ class _Capturer:
     def part(self, path: str, module: nn.Module) -> Set[str]:
         """Captures `module` as one part. Returns the paths of modules in it that stay calls and yet hold residual adds."""
         known = frozenset(name for name in self.drop_paths if within(name, path))
-        if isinstance(module, fx.GraphModule):
+        if isinstance(module, fx.GraphModule) and runs_graph(module):
             eval_graph = getattr(module, "eval_graph", None)
             graphs = tuple(copy_graph(graph) for graph in (module.graph, eval_graph) if graph is not None)
             if isinstance(module, StochasticGraphModule):
@@ -126,7 +177,7 @@ class _Capturer:
         constants: dict[str, torch.Tensor] = {}
 
         def traced(call: Call | None, leaves: Set[str], training: bool, kept: Mapping[nn.Module, Mapping[str, Any]]) -> Tracer:
-            tracer = Tracer(self.snapshot, path, known | leaves, training, hidden_residual_adds, constants, self.fakes)
+            tracer = Tracer(self.snapshot, path, known | leaves, training, self.hides_sites, constants, self.fakes, self.modules)
             for inner, values in kept.items():
                 inner.__dict__.update(values)
             try:
@@ -138,7 +189,7 @@ class _Capturer:
                 changed = self.snapshot.restore(module)
                 tracer.close()
             if changed and tracer.branched:
-                tracer.changed = {name for name, inner in module.named_modules(prefix=path) if inner in changed}
+                tracer.changed = {name for name, inner in module.named_modules(prefix=path) if id(inner) in changed}
             return tracer
 
         def trace(leaves: Set[str], training: bool) -> Tracer:
@@ -176,13 +227,13 @@ class _Capturer:
     def _add(self, part: Part, apart: Set[str]) -> None:
         self.parts.append(part)
         self.failed.pop(part.path, None)
-        self.reached.add(part.module)
-        outside = {self.model.get_submodule(path) for path in apart}
+        outside = {id(self.model.get_submodule(path)) for path in apart}
         stack = [part.module]
         while stack:
-            children = {child for child in stack.pop()._modules.values() if child is not None} - self.reached - outside
-            self.reached |= children
-            stack.extend(children)
+            module = stack.pop()
+            self.reached.add(id(module))
+            children = (child for child in module._modules.values() if child is not None)
+            stack.extend(child for child in children if id(child) not in self.reached and id(child) not in outside)
 
     def calls(self, path: str, training: bool) -> Mapping[Any, Call | None]:
         """How the module at `path` is called, by what tells the calls apart; {None: None} where it is not known."""
@@ -205,6 +256,10 @@ class _Capturer:
             self._runs[training] = observed(self.model, self.call, self.fakes, training) if self.call and self.fakes else Run({})
             self.snapshot.restore(self.model)
         return self._runs[training]
+
+
+def _nothing_hidden(module: nn.Module, reached: Set[int] = frozenset()) -> int:
+    return 0
 
 
 def _check(model: Any) -> None:

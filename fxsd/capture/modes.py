@@ -34,14 +34,29 @@ class Flag(fx.Proxy):
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Inside, `model` and every module in it are in training mode, or not, whatever their own `train()` would do."""
-    modes = {module: module.__dict__["training"] for module in model.modules()}
+    modes = [(module, _mode_of(module)) for module in model.modules()]
     try:
-        for module in modes:
-            module.__dict__["training"] = training
+        for module, _ in modes:
+            _set_mode(module, training)
         yield
     finally:
-        for module, mode in modes.items():
-            module.__dict__["training"] = mode
+        for module, mode in modes:
+            _set_mode(module, mode)
+
+
+def _mode_of(module: nn.Module) -> bool:
+    own = module.__dict__
+    if "training" in own:
+        mode: bool = own["training"]
+        return mode
+    return module.training  # of a ScriptModule, which has it elsewhere
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    if "training" in module.__dict__:
+        module.__dict__["training"] = training
+    else:
+        module.training = training
 
 
 @contextmanager

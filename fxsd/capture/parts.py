@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxsd.capture.calls import Call, Place
+from fxsd.capture.calls import Call, Place, differing
+from fxsd.capture.observe import SHAPE, Observed
 from fxsd.capture.programs import within
 
 
@@ -55,6 +56,7 @@ class Captured:
         failed: modules that could not be one graph, though they are not torch's own -> why.
         hidden: of these, how many residual adds are out of reach in each.
         run_error: what ended the run in eval mode that should show how the modules are called, if it was run and failed.
+        observed: runs in both modes, where something of the model is not in a graph.
     """
 
     model: nn.Module
@@ -64,6 +66,7 @@ class Captured:
     failed: dict[str, str] = field(default_factory=dict)
     hidden: dict[str, int] = field(default_factory=dict)
     run_error: Exception | None = None
+    observed: tuple[Observed, ...] = ()
 
     def path_of(self, node: fx.Node) -> str:
         """The path in the model of the module that `node` calls."""
@@ -81,6 +84,15 @@ class Captured:
                     if own:
                         found[node] = own
         return found
+
+    def batch_dims(self) -> Iterator[dict[fx.Node, int]]:
+        """For each run that was observed, the dims of sums that hold samples, by how they differ where there are twice as many."""
+        for observed in self.observed:
+            if observed.doubled is None:
+                continue
+            pairs = zip(observed.graph.nodes, observed.doubled.nodes, strict=False)
+            if len(observed.graph.nodes) == len(observed.doubled.nodes):
+                yield {a: dims[0] for a, b in pairs if len(dims := differing(a.meta.get(SHAPE, ()), b.meta.get(SHAPE, ()))) == 1}
 
 
 def join(path: str, name: str) -> str:

@@ -5,6 +5,7 @@ Tracing runs the model's own Python, which may store proxies (`self.attn_map = a
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections.abc import Iterator
@@ -24,24 +25,25 @@ class Snapshot:
     """The attributes of every module of a model, and the containers in them, as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._kept = {module: _Kept(module.__dict__) for module in model.modules()}
+        # By id: what a module says of itself to a dictionary may change, as a metric's hash does.
+        self._kept = {id(module): _Kept(module.__dict__) for module in model.modules()}
 
-    def restore(self, part: nn.Module) -> set[nn.Module]:
-        """Puts back `part` and every module in it. Returns those that had changed."""
-        return {module for module in self._inside(part) if self._kept[module].restore(module.__dict__)}
+    def restore(self, part: nn.Module) -> set[int]:
+        """Puts back `part` and every module in it. Returns the ids of those that had changed."""
+        return {id(module) for module in self._inside(part) if self._kept[id(module)].restore(module.__dict__)}
 
     def written(self, module: nn.Module) -> dict[str, Any]:
         """What `module` itself keeps for its next call: attributes that are plain, with their values, and buffers that are others now."""
-        return self._kept[module].written(module.__dict__)
+        return self._kept[id(module)].written(module.__dict__)
 
-    def _inside(self, part: nn.Module) -> set[nn.Module]:
+    def _inside(self, part: nn.Module) -> list[nn.Module]:
         """The modules in `part` at the time of the snapshot, whatever a trace did to the tree since."""
-        found, stack = {part}, [part]
+        found, stack = {id(part): part}, [part]
         while stack:
-            new = [child for child in self._kept[stack.pop()].modules if child not in found]
-            found.update(new)
-            stack.extend(new)
-        return found
+            new = {id(child): child for child in self._kept[id(stack.pop())].modules if id(child) not in found}
+            found |= new
+            stack.extend(new.values())
+        return list(found.values())
 
 
 @contextmanager
@@ -51,6 +53,7 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
     Whoever runs the model inside restores it, which takes time: once is enough.
     """
     snapshot = Snapshot(model)
+    own = [(generator, _state_of(generator)) for generator in _generators(model)]
     python, numpy_random = random.getstate(), sys.modules.get("numpy.random")
     numpy_state = numpy_random and numpy_random.get_state()
     gpus = {tensor.device for tensor in chain(model.parameters(), model.buffers()) if tensor.is_cuda}
@@ -62,8 +65,38 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
             raise
         finally:
             random.setstate(python)
+            for generator, state in own:
+                _set_state(generator, state)
             if numpy_random:
                 numpy_random.set_state(numpy_state)
+
+
+def _generators(model: nn.Module) -> list[Any]:
+    """Generators of random numbers that modules hold themselves, or draw from by a method that they hold."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        for value in module.__dict__.values():
+            generator = getattr(value, "__self__", value)
+            if isinstance(generator, (random.Random, torch.Generator)) or type(generator).__module__.startswith("numpy.random"):
+                found[id(generator)] = generator
+    return list(found.values())
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return copy.deepcopy(generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state())
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, torch.Generator) or not hasattr(generator, "bit_generator"):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state
 
 
 class _Kept:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch.fx.proxy import TracerBase
 from torch.nn.utils import parametrize
 
 from fxsd.capture.calls import Call, is_plain
+from fxsd.capture.composites import COMPOSITES
 from fxsd.capture.examples import Examples
 from fxsd.capture.guards import check_bound, check_decision, check_given
 from fxsd.capture.leftovers import take_out_what_is_left
@@ -39,14 +40,11 @@ from fxsd.capture.snapshot import Snapshot
 from fxsd.capture.source import failing_line, this_line
 from fxsd.capture.trace import Trace
 from fxsd.errors import CaptureError, FxsdError
+from fxsd.find.residual import is_add
 from fxsd.find.values import is_reading, is_size, op_name
 from fxsd.graph.checkpoints import MARK, Checkpoint
-from fxsd.graph.graphmodule import CONSTANTS
+from fxsd.tree import CONSTANTS, PLACE, Frames
 
-# nn.Module subclasses whose own forward holds no sum of activations, or is not worth reading, are leaves; these hold residual adds.
-_COMPOSITES = (
-    nn.Sequential, nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer, nn.Transformer,
-)  # fmt: skip
 _FIXED = ("dim", "dtype", "layout", "ndim", "ndimension", "type")  # what a tensor is, whatever its size; `type` of its device
 _SIZES = (int, float, bool, torch.Size, torch.dtype, torch.device)
 _PLAIN = {tuple, list, dict, slice, str, int, float, bool, type(None)}
@@ -71,6 +69,7 @@ class Tracer(Trace):
         hides_sites: told a module that failed, returns how many residual adds would be out of reach inside it.
         constants: where to put tensors that are made while tracing.
         fakes: of the example values.
+        modules: path -> module of the whole model, to note where adds run.
     """
 
     proxy_buffer_attributes = True
@@ -84,8 +83,10 @@ class Tracer(Trace):
         hides_sites: Callable[[nn.Module], int] = lambda module: 0,
         constants: dict[str, torch.Tensor] | None = None,
         fakes: FakeTensorMode | None = None,
+        modules: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
+        self._frames = None if modules is None else Frames(modules)
         self.path, self.leaves, self.training, self.hides_sites, self.snapshot = path, leaves, training, hides_sites, snapshot
         self.fakes = fakes
         self.branched: dict[str, None] = {}
@@ -207,6 +208,8 @@ class Tracer(Trace):
     def close(self) -> None:
         """The trace is over: nobody outside of it may keep its values."""
         self.is_open = False
+        if self._frames is not None:
+            self._frames.close()
         self._attributes.clear()
         self.journal.clear()
         if self.examples is not None:
@@ -218,6 +221,8 @@ class Tracer(Trace):
         node = super().create_node(kind, self._targets.setdefault(target, target), *args, **kwargs)
         if self.checkpoint:
             node.meta[MARK] = self.checkpoint
+        if self._frames is not None and is_add(node):
+            node.meta[PLACE] = self._frames.here(self._in_model(next(reversed(self.module_stack.values()))[0] if self.module_stack else ""))
         return node
 
     # --- where Python must know a value -----------------------------------------------------------------------------
@@ -320,7 +325,7 @@ class Tracer(Trace):
                 self.opaque[path] = f"module {path!r} ({type(m).__name__}) {reason}"
         if reason:
             return True
-        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _COMPOSITES)
+        return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, COMPOSITES)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.set_aside:

@@ -1,5 +1,8 @@
 """The GraphModule that `transform` returns: the model's own module tree around one graph, or one graph a mode.
 
+What runs is the tree, whose modules have ops in their code, until somebody calls `recompile()`; then, and where branches are skipped, the
+graph does.
+
 A stock `fx.GraphModule` keeps only what its graph names, loses unused parameters, plain attributes and the classes of
 the modules between, and pickles by tracing its own code again, which would freeze `training`. This one keeps the
 tree and pickles the graph itself.
@@ -9,15 +12,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-import operator
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache, wraps
 from importlib import import_module
-from types import MappingProxyType, MethodType
-from typing import Any, ClassVar, cast
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -30,26 +31,34 @@ from fxsd.run.again import taking_again
 from fxsd.run.ops import StochasticDepth
 from fxsd.run.rows import fork, take
 from fxsd.run.skip import SkipStochasticDepth
+from fxsd.tree import CONSTANTS, Home, Rewritten, Writing, new_class, ops_of, rebuilt
+from fxsd.tree.classes import with_own_functions_as_they_were, write_own
+from fxsd.tree.objects import HOOKS, copied, follow
+from fxsd.tree.once import once
 
 META = "fxsd"  # the key of fxsd's own entries in node.meta
-CONSTANTS = "fxsd_constants"  # the module that holds tensors made while tracing
 
-_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
-_REGISTERED = {*_HOOKS, "_modules", "_parameters", "_buffers"}
 _GENERATED = {"_graph", "_code", "_lineno_map", "_prologue_start", "eval_graph"}
+_RUNS = "_runs_graph"
 
 
-class StochasticGraphModule(fx.GraphModule):
+class StochasticGraphModule(Rewritten, fx.GraphModule):
     """An `fx.GraphModule` with live train and eval modes, which is an instance of the original model's class too. Made by `fxsd.transform`.
 
-    `graph` is what runs; where training and evaluation are different programs, `graph` is the training one and
-    `eval_graph` the other, else `eval_graph` is None.
+    `graph` is the program of the call that was captured; where training and evaluation are different programs, `graph` is the training
+    one and `eval_graph` the other, else `eval_graph` is None. Calls run the code of the modules, until `recompile` makes the graph what
+    runs.
     """
 
     eval_graph: fx.Graph | None
-    original_class: ClassVar[type[nn.Module]] = nn.Module  # of the model that was transformed
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return object.__new__(cls)
 
     def recompile(self) -> Any:
+        if not self.__dict__[_RUNS]:
+            self.__class__ = cast(Any, _class(self.original_class, self.writings))  # one of its own, which is given the graph's forward
+            self.__dict__[_RUNS] = True
         code = super().recompile()
         cls = type(self)
         generated = cls.forward
@@ -90,19 +99,34 @@ class StochasticGraphModule(fx.GraphModule):
         return _function(graph)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StochasticGraphModule:
-        memo[id(self)] = gm = _empty(type(self))
+        memo[id(self)] = gm = self._empty()
         eval_graph = None if self.eval_graph is None else copy_graph(self.eval_graph)
         return _fill(gm, copy.deepcopy(self._state(), memo), copy_graph(self.graph), eval_graph)
 
     def __copy__(self) -> StochasticGraphModule:
-        return _fill(_empty(type(self)), self._state(), self.graph, self.eval_graph)
+        return _fill(self._empty(), self._state(), self.graph, self.eval_graph)
+
+    def _empty(self) -> StochasticGraphModule:
+        return _empty(self.original_class, self.writings, runs_graph(self))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        eval_rows = None if self.eval_graph is None else dump(self.eval_graph)
+        state = with_own_functions_as_they_were(self, self._state())
+        return _empty, (self.original_class, self.writings, runs_graph(self)), (state, dump(self.graph), eval_rows)
+
+    def __setstate__(self, state: Any) -> None:
+        attributes, rows, eval_rows = state
+        _fill(self, attributes, read(rows), None if eval_rows is None else read(eval_rows))
+        write_own(self, self.writings)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        eval_rows = None if self.eval_graph is None else _dump(self.eval_graph)
-        return _load, (self._state(), _dump(self.graph), eval_rows, self.original_class)
+        return self.__reduce_ex__(2)
+
+    # That of a GraphModule copies the module, and with it shares dictionaries that replicas fill.
+    _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
 
     def _state(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in _GENERATED}
+        return {k: v for k, v in self.__dict__.items() if k not in _GENERATED and k != "_compiled_call_impl"}
 
 
 def shallow_tree(
@@ -124,11 +148,22 @@ def shallow_tree(
     called = {modules[str(node.target)] for graph in graphs for node in graph.nodes if node.op == "call_module"}
     root = _Tree(module, called, replaced).root
     if constants:
-        holder = nn.Module()
-        for name, tensor in constants.items():
-            holder.register_buffer(name, tensor, persistent=False)
-        root._modules[CONSTANTS] = holder
+        root._modules[CONSTANTS] = _holder(constants)
     return root
+
+
+def _holder(constants: Mapping[str, torch.Tensor]) -> nn.Module:
+    holder = nn.Module()
+    for name, tensor in constants.items():
+        holder.register_buffer(name, tensor, persistent=False)
+    return holder
+
+
+def _hold(root: nn.Module, constants: Mapping[str, torch.Tensor]) -> None:
+    """Gives a root the tensors of its graph beside its children, which code may run one by one."""
+    root.__dict__.pop(CONSTANTS, None)
+    if constants:
+        root.__dict__[CONSTANTS] = _holder(constants)
 
 
 def replace_inside(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -137,11 +172,63 @@ def replace_inside(module: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -
 
 
 def build(root: nn.Module, graph: fx.Graph, eval_graph: fx.Graph | None = None) -> StochasticGraphModule:
-    """The GraphModule over a tree of its own. Plain attributes of the root carry over, but for names that a GraphModule needs itself."""
+    """The GraphModule that runs a graph over a tree of its own.
+
+    Plain attributes of the root carry over, but for names that a GraphModule needs itself.
+    """
     taken = set(dir(fx.GraphModule)) - set(dir(nn.Module)) | _GENERATED
     own = {k: copy.copy(v) for k, v in _graph_module_attributes().items()}
     state = {k: v for k, v in (own | root.__dict__).items() if k not in taken}
-    return _fill(_empty(type(root)), state, graph, eval_graph)
+    return _fill(_empty(_of(type(root)), (), True), {**state, _RUNS: True}, graph, eval_graph)
+
+
+@once
+def tree_class(original: type[nn.Module], writings: tuple[Writing, ...]) -> type[nn.Module]:
+    """The class of the root of a tree with ops in its code, which has a graph beside. `complete` gives it that.
+
+    Models that are alike share it, so that compiled code of one serves the others.
+    """
+    return _class(_of(original), writings)
+
+
+def complete(root: nn.Module, graph: fx.Graph, eval_graph: fx.Graph | None, constants: Mapping[str, torch.Tensor]) -> StochasticGraphModule:
+    """Gives a root whose class `tree_class` made its graph, and the tensors that this needs besides."""
+    assert isinstance(root, StochasticGraphModule)
+    for name, value in _graph_module_attributes().items():
+        root.__dict__.setdefault(name, copy.copy(value))
+    _hold(root, constants)
+    return _fill(root, {_RUNS: False}, graph, eval_graph)
+
+
+def without_ops(model: nn.Module) -> nn.Module:
+    """A model as its author wrote it: of one with ops in its code a copy without, which shares all else; of another one itself."""
+    homes = {id(module): Home(module.original_class, (), {}) for module in model.modules() if isinstance(module, Rewritten)}
+    if not homes:
+        return model
+    root = rebuilt(model, homes, {key: home.original for key, home in homes.items()}, lambda original, _: original)
+    if isinstance(model, StochasticGraphModule):
+        for name in {*_GENERATED, *_graph_module_attributes(), _RUNS}:
+            root.__dict__.pop(name, None)
+    return root
+
+
+def runs_graph(module: nn.Module) -> bool:
+    """Is a graph what a GraphModule runs?"""
+    return not isinstance(module, StochasticGraphModule) or bool(module.__dict__[_RUNS])
+
+
+def takes_graph(module: nn.Module) -> bool:
+    """Can a module have a graph beside, with all that is named so, without losing anything of its own?"""
+    needed = {name for name in dir(fx.GraphModule) if not hasattr(nn.Module, name) and not name.startswith("__")} | _GENERATED
+    own = {*vars(module), *module._modules, *module._parameters, *module._buffers}
+    classes = (cls for cls in type(module).__mro__ if not issubclass(fx.GraphModule, cls) and not issubclass(cls, fx.GraphModule))
+    if isinstance(module, StochasticGraphModule):
+        own -= {*_GENERATED, *_graph_module_attributes(), _RUNS}
+    try:
+        tree_class(_of(type(module)), ())
+    except TypeError:
+        return False
+    return needed.isdisjoint(own) and not any(needed.intersection(vars(cls)) for cls in classes if cls is not Rewritten)
 
 
 def become(module: nn.Module, transformed: nn.Module) -> None:
@@ -150,7 +237,7 @@ def become(module: nn.Module, transformed: nn.Module) -> None:
     The object gets another class, as `torch.distributed.fsdp.fully_shard` gives it one. Its dicts of hooks stay: the handles refer to them.
     """
     module.__class__ = type(transformed)
-    state = vars(transformed) | {name: hooks for name, hooks in vars(module).items() if name in _HOOKS}
+    state = vars(transformed) | {name: hooks for name, hooks in vars(module).items() if name in HOOKS}
     vars(module).clear()
     if isinstance(module, StochasticGraphModule) and isinstance(transformed, StochasticGraphModule):
         _fill(module, {k: v for k, v in state.items() if k not in _GENERATED}, transformed.graph, transformed.eval_graph)
@@ -191,8 +278,9 @@ class _Tree:
         self._copies: dict[nn.Module, nn.Module] = {}
         self.root = self._copy(module, True)
         if replaced:
-            for copied in self._copies.values():
-                copied.__dict__.update({k: self._moved(v) for k, v in copied.__dict__.items() if k not in _REGISTERED})
+            stand_ins = {id(old): new for old, new in (*self._copies.items(), *replaced.items())}
+            for new in self._copies.values():
+                follow(new, stand_ins)
 
     def _copy(self, module: nn.Module, opened: bool) -> nn.Module:
         if module in self._replaced:
@@ -203,45 +291,47 @@ class _Tree:
         if not opened and not (self._replaced and any(inner in self._replaced for inner in module.modules())):
             return module
         if module not in self._copies:
-            self._copies[module] = new = object.__new__(type(module))
-            new.__dict__.update(module.__dict__)
-            for hooks in _HOOKS:
-                new.__dict__[hooks] = OrderedDict(module.__dict__.get(hooks) or {})  # no dict: the handles of hooks refer to it weakly
+            ops = ops_of(module)  # a graph runs them, and the author's code
+            cls = _of(type(module)) if ops or isinstance(module, StochasticGraphModule) else type(module)
+            self._copies[module] = new = copied(module, cls)
+            for name in ops:
+                del new.__dict__[name]
             new.__dict__["_modules"] = {
-                name: child if child is None else self._copy(child, opened) for name, child in module._modules.items()
+                name: child if child is None else self._copy(child, opened) for name, child in {**module._modules, **ops}.items()
             }
         return self._copies[module]
 
-    def _moved(self, value: Any) -> Any:
-        """A plain attribute that refers to a module of the tree: to the one that stands for it."""
-        if isinstance(value, nn.Module):
-            return self._replaced.get(value, self._copies.get(value, value))
-        if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
-            return MethodType(value.__func__, self._moved(value.__self__))
-        if type(value) in (list, tuple):
-            moved = [self._moved(item) for item in value]
-            return value if all(map(operator.is_, moved, value)) else type(value)(moved)
-        if type(value) is dict:
-            moved_values = {k: self._moved(item) for k, item in value.items()}
-            return value if all(map(operator.is_, moved_values.values(), value.values())) else moved_values
-        return value
+
+def _of(original: type[nn.Module]) -> type[nn.Module]:
+    """The author's class, of a class that may be one of ours."""
+    if issubclass(original, Rewritten):
+        return original.original_class
+    return nn.Module if issubclass(original, fx.GraphModule) else original
 
 
-def _empty(original: type[nn.Module]) -> StochasticGraphModule:
-    """An instance of a class of its own, which is given the forward that is generated from its graph.
+def _class(original: type[nn.Module], writings: tuple[Writing, ...]) -> type[nn.Module]:
+    """A class of its own, which may be given the forward that is generated from a graph.
 
-    It is a subclass of `original` too, and has its methods; of GraphModule alone where Python cannot combine the two.
+    It is a subclass of `original` too, and has its methods.
+
+    Raises:
+        TypeError: Python cannot combine the two.
     """
-    if issubclass(original, StochasticGraphModule):
-        original = original.original_class
-    elif issubclass(original, fx.GraphModule):
-        original = nn.Module
-    bases = (StochasticGraphModule,) if original is nn.Module else (StochasticGraphModule, original)
-    switches = {name: _told_too_late(getattr(original, name)) for name in dir(original) if _switches_checkpointing(original, name)}
+    cls = new_class(original, writings, StochasticGraphModule)
+    for name in dir(original):
+        if _switches_checkpointing(original, name):
+            setattr(cls, name, _told_too_late(getattr(original, name)))
+    return cls
+
+
+def _empty(original: type[nn.Module], writings: tuple[Writing, ...], runs_graph: bool) -> StochasticGraphModule:
+    if not runs_graph:
+        return cast(StochasticGraphModule, object.__new__(tree_class(original, writings)))
     try:
-        cls = type(original.__name__, bases, {"original_class": original, **switches})
-    except TypeError:
-        cls = type(original.__name__, (StochasticGraphModule,), {})
+        cls = _class(original, writings)
+    except TypeError:  # a graph needs nothing of the class
+        cls = new_class(nn.Module, (), StochasticGraphModule)
+        cls.__name__ = cls.__qualname__ = original.__name__
     return cast(StochasticGraphModule, object.__new__(cls))
 
 
@@ -252,11 +342,11 @@ def _switches_checkpointing(cls: type[nn.Module], name: str) -> bool:
 
 
 def _told_too_late(switch: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that would switch what the graph has fixed already."""
+    """A method that would switch what a graph has fixed already, where one runs."""
 
     @wraps(switch)
     def checked(self: StochasticGraphModule, enable: bool = True, *args: Any, **kwargs: Any) -> Any:
-        if bool(enable) != is_checkpointed(self.graph):
+        if runs_graph(self) and bool(enable) != is_checkpointed(self.graph):
             raise FxsdError(
                 f"whether activations are checkpointed is part of the graph of a transformed {type(self).__name__}: "
                 f"switch it {'on' if enable else 'off'} on the original model, and transform that."
@@ -268,11 +358,17 @@ def _told_too_late(switch: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fill(gm: StochasticGraphModule, state: dict[str, Any], graph: fx.Graph, eval_graph: fx.Graph | None) -> StochasticGraphModule:
     gm.__dict__.update(state)
-    gm.__dict__.pop("forward", None)  # one that was patched onto the original is in the graph
     gm.__dict__["eval_graph"] = eval_graph
     if eval_graph is not None:
         eval_graph.owning_module = gm
-    gm.graph = graph
+    if runs_graph(gm):
+        gm.__dict__.pop("forward", None)  # one that was patched onto the original is in the graph
+        gm.graph = graph
+        return gm
+    graph.owning_module = gm
+    code = graph.python_code(root_module="self")
+    # Dynamo looks for all of these where the code of a GraphModule breaks its graph.
+    gm.__dict__.update(_graph=graph, _code=code.src, _lineno_map=code._lineno_map, _prologue_start=getattr(code, "_prologue_start", 0))
     return gm
 
 
@@ -308,7 +404,7 @@ class _Function:
         return getattr(import_module(self.module), self.name)
 
 
-def _dump(graph: fx.Graph) -> list[tuple[Any, ...]]:
+def dump(graph: fx.Graph) -> list[tuple[Any, ...]]:
     def refs(args: Any) -> Any:
         return fx.node.map_arg(args, lambda node: cast(Any, _Ref(node.name)))
 
@@ -324,13 +420,7 @@ def _dump(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return [(n.op, n.name, target(n), refs(n.args), refs(n.kwargs), {k: n.meta[k] for k in kept if k in n.meta}) for n in graph.nodes]
 
 
-def _load(
-    state: dict[str, Any], rows: list[tuple[Any, ...]], eval_rows: list[tuple[Any, ...]] | None, original: type[nn.Module]
-) -> StochasticGraphModule:
-    return _fill(_empty(original), state, _read(rows), None if eval_rows is None else _read(eval_rows))
-
-
-def _read(rows: list[tuple[Any, ...]]) -> fx.Graph:
+def read(rows: list[tuple[Any, ...]]) -> fx.Graph:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
 

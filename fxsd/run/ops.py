@@ -14,11 +14,11 @@ branch r, rate p and q = 1 - p, `drop(r)` is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxsd.run.rank_draws import RankDraws
 
@@ -35,7 +35,7 @@ class StochasticDepth(nn.Module):
         drop_rate: probability that the branch is dropped, in [0, 1].
         stochastic_method: `"sample"` draws for each sample, `"block"` once for the whole batch.
         scaling: `"inference"` multiplies by 1 - drop_rate in eval, `"train"` divides by it in training.
-        site, module, depth, kind, reason: what the op stands for, shown in its repr; they decide nothing.
+        site, module, depth, order, kind, reason: what the op stands for, shown in its repr; they decide nothing.
         weight: `drop_rate` over the model-wide rate, for `fxsd.set_drop_rate`.
         batch_dim: which dim of the branch holds the samples.
         sync_ranks: draws what all ranks draw; only for `"block"`.
@@ -73,6 +73,7 @@ class StochasticDepth(nn.Module):
         site: str = "",
         module: str = "",
         depth: int = 0,
+        order: int = 0,
         kind: str = "identity",
         reason: str = "",
         weight: float = 1.0,
@@ -85,11 +86,14 @@ class StochasticDepth(nn.Module):
         self._follow(_in_float32(drop_rate))
         self.stochastic_method = stochastic_method
         self.scaling = scaling
-        self.site, self.module, self.depth, self.kind, self.reason, self.weight = site, module, depth, kind, reason, weight
+        self.site, self.module, self.depth, self.order, self.kind = site, module, depth, order, kind
+        self.reason, self.weight = reason, weight
         self.batch_dim = batch_dim
         self.rank_draws = RankDraws(site) if sync_ranks else None
 
     def forward(self, branch: Tensor) -> Tensor:
+        if isinstance(branch, fx.Proxy):  # whatever traces the model, the op is one call in its graph, with live modes and rates
+            return branch.tracer.create_proxy("call_module", branch.tracer.path_of_module(self), (branch,), {})
         if self.training:
             if not torch.compiler.is_compiling() and self._never_drops:
                 # No draw, so that eager training at rate 0 is the original under one seed. Compiled code must not read the
@@ -99,13 +103,22 @@ class StochasticDepth(nn.Module):
             if self.stochastic_method == "sample" and shape:
                 shape[self.batch_dim] = branch.shape[self.batch_dim]
             return branch * self.draw_mask(shape, branch.device).to(branch.dtype)
-        return branch * (1.0 - self.drop_rate).to(branch.dtype) if self.scaling == "inference" else branch
+        return branch * (1.0 - self._rate_on(branch.device)).to(branch.dtype) if self.scaling == "inference" else branch
+
+    def among(self, values: Iterable[Any], place: int) -> list[Any]:
+        """`values` that are about to be summed up, with the branch at `place` dropped."""
+        return [self(value) if i == place else value for i, value in enumerate(values)]
 
     def draw_mask(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Draws what branches are multiplied by in training, of a small shape that broadcasts, so that they are read and written once."""
         # u >= p, not floor(q + u): exact at p = 0 and 1, unbiased at small p whatever the branch's dtype.
-        keep = self._uniform(shape, device) >= self.drop_rate
-        return keep if self.scaling == "inference" else keep / self._keep_prob()
+        rate = self._rate_on(device)
+        keep = self._uniform(shape, device) >= rate
+        return keep if self.scaling == "inference" else keep / (1.0 - rate).clamp(min=_TINY)
+
+    def _rate_on(self, device: torch.device) -> Tensor:
+        """The rate where a branch is: replicas of a module on several devices share one op."""
+        return self.drop_rate if self.drop_rate.device == device else self.drop_rate.to(device)
 
     def _uniform(self, shape: Sequence[int], device: torch.device) -> Tensor:
         return torch.rand(shape, device=device, dtype=torch.float32) if self.rank_draws is None else self.rank_draws()

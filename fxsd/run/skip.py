@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxsd.errors import FxsdError
 from fxsd.run.by_place import draw_rows
 from fxsd.run.ops import StochasticDepth
 from fxsd.run.rows import Rows
@@ -67,6 +68,11 @@ class SkipStochasticDepth(StochasticDepth):
         self._settled = self.sizes.changes
 
     def forward(self, like: Tensor, mask: bool = False) -> Rows | Tensor:  # type: ignore[override]
+        if isinstance(like, fx.Proxy):
+            raise FxsdError(
+                "torch.fx traces a model that skips branches, in whose graph rows are taken and put back; "
+                "give it the model as compute='mask' makes it: fxsd.transform(gm, ...) makes one of the other."
+            )
         if mask:
             return super().forward(like)
         batch = like.shape[self.batch_dim]
