@@ -4,7 +4,7 @@
 calls take turns in one process, and a ratio is the median of the ratios of the rounds. The second is over graphs that grow: where the
 time is linear in their size, ms per node stays the same from row to row.
 
-`step` and `op` measure training; they are in timing/commands.py.
+`step` and `op` measure training; they are in timing/commands.py. `compile` measures compiling, in timing/compiling.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from measure.arguments import positive, shape
 from rich.text import Text
 from timing import growing
 from timing.commands import add_op, add_step
+from timing.compiling import add_compile
 from timing.subjects import build, example_shape
 from torch import fx, nn
 
@@ -229,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_transform(commands.add_parser("transform", help="the time of fxsd.transform against torch.fx.symbolic_trace alone"))
     add_step(commands.add_parser("step", help="time and memory of a training step against the model without stochastic depth"))
+    add_compile(commands.add_parser("compile", help="what it takes to compile a model block by block, and whole"))
     add_op(commands.add_parser("op", help="the time of x + drop(branch) against a plain add"))
     return parser
 

@@ -14,6 +14,7 @@ from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
 
 import fxsd
 from fxsd.run.ops import StochasticDepth
+from fxsd.tree import ops_of
 from measure.measuring import line, quiet
 
 BASE, MASK, SKIP, AUTO = "base", "fxsd mask", "fxsd skip", "fxsd auto"
@@ -73,7 +74,7 @@ def variants(
 def _swapped(gm: nn.Module, op: Callable[[float], nn.Module]) -> nn.Module:
     """`gm` with another op at each site, of the site's rate; none where that is 0, as in those libraries' own models."""
     for parent in list(gm.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in [*parent.named_children(), *ops_of(parent).items()]:
             if isinstance(child, StochasticDepth):
                 setattr(parent, name, op(child.rate).train() if child.rate else nn.Identity())
     return gm

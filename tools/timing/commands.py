@@ -50,7 +50,7 @@ def step(args: argparse.Namespace) -> None:
         _show_steps(name, own)
         rows += own
     _show_crossings(crossings)
-    _write(args, {"rows": [*map(asdict, rows)], "break_even": [*map(asdict, crossings)]})
+    write_figures(args, {"rows": [*map(asdict, rows)], "break_even": [*map(asdict, crossings)]})
     if args.plot:
         bars(rows, Path(args.plot))
 
@@ -67,7 +67,7 @@ def op(args: argparse.Namespace) -> None:
     for r in rows:
         table.add_row(r.shape, "x".join(map(str, r.size)), r.op, _ratio(r.ms), _ratio(r.ratio))
     measuring.show(table, *(Text(f"{r.op}: {r.failure}") for r in rows if r.failure))
-    _write(args, {"rows": [*map(asdict, rows)]})
+    write_figures(args, {"rows": [*map(asdict, rows)]})
 
 
 def _tell(say: Callable[[str], None], where: str, text: str) -> None:
@@ -81,7 +81,8 @@ def _modes(args: argparse.Namespace) -> tuple[str, ...]:
     return (DEFAULT, GRAPHS) if args.device == "cuda" and args.compile == "inductor" else (DEFAULT,)
 
 
-def _write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+def write_figures(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Writes figures, with the machine and the settings, where asked to."""
     if not args.json:
         return
     settings = {"command": args.run.__name__, **{key: value for key, value in vars(args).items() if key != "run"}}
