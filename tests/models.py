@@ -1226,6 +1226,8 @@ def ThreeBlocks() -> Stack:
 
 
 class CalledTwice(nn.Module):
+    """One module, so one op, which draws in each of its calls."""
+
     def __init__(self) -> None:
         super().__init__()
         self.block = BranchRight()
@@ -1719,7 +1721,7 @@ CASES = (
         (LONG_SKIP, LONG_SKIP, LONG_SKIP),
     ),
     Case(ThreeBlocks, rows, tuple((f"blocks.{i}", "identity") for i in range(3))),
-    Case(CalledTwice, rows, (("block", "identity"), ("block", "identity"))),
+    Case(CalledTwice, rows, (("block", "identity"),)),
     Case(PreNorm, tokens, (IDENTITY, IDENTITY)),
     Case(PostNorm, tokens, (IDENTITY, IDENTITY)),
     Case(SdpaBlock, tokens, (IDENTITY,)),

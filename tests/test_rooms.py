@@ -15,7 +15,7 @@ FILES = {
     ".".join(("fxsd", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): file for file in PACKAGE.rglob("*.py")
 }
 # From the lowest to the highest. Files at the top of the package are a room, but for what every room may use.
-ROOMS = ("for all", "run", "graph", "find", "capture", "legal", "verbs", "integrations", "public")
+ROOMS = ("for all", "run", "tree", "find", "graph", "capture", "legal", "verbs", "integrations", "public")
 FOR_ALL = ("errors", "versions")
 
 

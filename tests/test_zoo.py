@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from agreement import check_code_and_graph
 from torch import nn
 
 import fxsd
@@ -119,6 +120,11 @@ def check_parity(model: nn.Module, x: torch.Tensor) -> None:
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "swin_t"])
+def test_code_and_graph_of_a_small_model_agree(name: str):
+    check_code_and_graph(build(name), (torch.randn(3, 3, 64, 64),))
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 def test_a_small_model_is_the_original_at_rate_0(name: str):
     check_parity(build(name), torch.randn(2, 3, 64, 64))
@@ -137,6 +143,9 @@ def test_every_torchvision_model_has_its_sites_keys_and_eval_output(name: str):
         x = example(name, 2)
         with torch.no_grad():
             torch.testing.assert_close(gm(x), model(x), rtol=0, atol=0)
+        del gm
+        if name in QUICK:  # a step of each of the others takes long
+            check_code_and_graph(model, (x,))
 
 
 @pytest.mark.zoo
@@ -164,3 +173,5 @@ def test_a_timm_model_has_its_sites_keys_and_eval_output(name: str):
         x = torch.randn(2, *model.default_cfg["input_size"])
         with torch.no_grad():
             torch.testing.assert_close(gm(x), model(x), rtol=0, atol=0)
+        del gm
+        check_code_and_graph(model, (x,))

@@ -437,10 +437,12 @@ class Masked(nn.Module):
         return x + y
 
 
-def test_an_optional_argument_keeps_its_default_and_refuses_others():
+def test_the_graph_keeps_the_default_of_an_optional_argument_and_refuses_others():
     model = Masked().eval()
     gm = fxsd.transform(model, scaling="train")
     x = torch.randn(2, 8)
+    assert torch.equal(gm(x, torch.full((8,), 3.0), scale=2.0), model(x, torch.full((8,), 3.0), scale=2.0))
+    gm.recompile()
     assert torch.equal(gm(x), model(x))
     assert torch.equal(gm(x, None, scale=1.0), model(x))
     with pytest.raises(fxsd.FxsdError, match=r"captured with mask=None.*example_inputs with mask"):
@@ -449,7 +451,7 @@ def test_an_optional_argument_keeps_its_default_and_refuses_others():
         gm(x, scale=2.0)
 
 
-def test_an_optional_argument_that_was_given_cannot_be_left_out():
+def test_an_optional_argument_that_was_given_cannot_be_left_out_of_the_graph():
     class Attending(Masked):
         def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
             x = x if mask is None else x * 2  # without the check, this would be doubled without a mask, which attention can do without
@@ -459,6 +461,8 @@ def test_an_optional_argument_that_was_given_cannot_be_left_out():
     x, mask = torch.randn(2, 8), torch.ones(2, 2)
     model = Attending().eval()
     gm = fxsd.transform(model, scaling="train", example_inputs=(x, mask))
+    assert torch.equal(gm(x), model(x))
+    gm.recompile()
     assert torch.equal(gm(x, mask), model(x, mask))
     for call in (lambda: gm(x), lambda: gm(x, None), lambda: torch.compile(gm, backend="eager")(x)):
         with pytest.raises(fxsd.FxsdError, match=r"captured with mask given.*example_inputs without mask"):
@@ -474,6 +478,8 @@ def test_a_default_that_is_a_tuple_is_checked_too():
     model = Sliced().eval()
     gm = fxsd.transform(model, scaling="train")
     x = torch.randn(2, 8)
+    assert torch.equal(gm(x, (1, 5)), model(x, (1, 5)))
+    gm.recompile()
     assert torch.equal(gm(x, (0, 4)), model(x))
     with pytest.raises(fxsd.FxsdError, match=r"captured with columns=\(0, 4\)"):
         gm(x, (1, 5))
@@ -569,5 +575,8 @@ def test_numpy_may_look_at_sizes():
     for batch in (2, 3):
         x = torch.randn(batch, 4, 8)
         assert torch.equal(gm(x), model(x))
+    with pytest.raises(ValueError, match="multiples of 4"):
+        gm(torch.randn(2, 5, 8))
+    gm.recompile()
     with pytest.raises(fxsd.FxsdError, match="captured for inputs of another size"):
         gm(torch.randn(2, 5, 8))

@@ -50,9 +50,12 @@ def test_without_an_example_the_same_model_is_an_error_that_asks_for_one():
         fxsd.transform(nn.Sequential(Windows()))
 
 
-def test_another_size_raises_where_a_decision_would_have_gone_the_other_way():
+def test_the_graph_refuses_another_size_where_a_decision_would_have_gone_the_other_way():
     gm = fxsd.transform(Windows(), scaling="train", example_inputs=(torch.randn(2, 8, 8, 8),)).eval()
     x = torch.randn(2, 8, 12, 4)  # no padding either: the decisions hold
+    plain = gm(torch.randn(2, 8, 7, 8))
+    assert plain.shape == (2, 8, 7, 8), "code decides anew"
+    gm.recompile()
     assert torch.equal(gm(x), Windows.forward(gm, x))
     with pytest.raises(fxsd.FxsdError, match=r"inputs of another size: `if right > 0 or below > 0:`.*was False then and is True now"):
         gm(torch.randn(2, 8, 7, 8))
@@ -107,9 +110,16 @@ def test_python_may_ask_for_sizes_in_any_way(ask):
 
 
 @pytest.mark.parametrize("ask", [lambda x: 2 if x.sum() > 0 else 3, lambda x: int(x.sum())])
-def test_decisions_on_the_values_of_tensors_are_refused(ask):
-    with pytest.raises(fxsd.CaptureError, match=r"module '0' \(Curious\).*of a tensor: it decides on values"):
-        fxsd.transform(nn.Sequential(Curious(ask)), example_inputs=(torch.ones(2, 6),))
+def test_what_decides_on_the_values_of_tensors_stays_python(ask):
+    net = nn.Sequential(Curious(ask))
+    gm = fxsd.transform(net, scaling="train", example_inputs=(torch.ones(2, 6),)).eval()
+    assert len(fxsd.sites(gm)) == 1
+    assert [node.op for node in gm.graph.nodes] == ["placeholder", "call_module", "output"]
+    notes = fxsd.analyze(net, example_inputs=(torch.ones(2, 6),)).notes
+    assert "module '0' (Curious) stopped tracing" in notes[0]
+    assert "of a tensor: it decides on values" in notes[0]
+    for x in (torch.ones(2, 6), -torch.ones(3, 6)):
+        assert torch.equal(gm(x), net.eval()(x))
 
 
 def test_a_number_taken_out_of_a_tensor_stays_live():

@@ -96,8 +96,9 @@ def test_the_parts_of_a_root_that_is_no_graph_are_rewritten():
         ("body.1.blocks.1", 1, 0.3),
         ("head.blocks.0", 2, 0.6),
     ]
-    assert [(p, isinstance(m, fx.GraphModule)) for p, m in gm.named_children()] == [("head", True), ("body", True)]
-    assert isinstance(gm.head, Stage)
+    assert [p for p, _ in gm.named_children()] == ["head", "body"]
+    assert type(gm.head) is Stage
+    assert not isinstance(gm, fx.GraphModule)
     assert isinstance(gm.head.first(), Block)
     assert list(gm.state_dict()) == list(model.state_dict())
     assert all(a is b for a, b in zip(gm.parameters(), model.parameters(), strict=True))
@@ -202,19 +203,24 @@ class OnValues(nn.Module):
         return x
 
 
-def test_hidden_adds_are_told_and_the_rest_is_rewritten():
+def test_adds_in_code_that_no_graph_holds_are_told_without_an_example_and_rewritten_with_one():
     torch.manual_seed(0)
     model = nn.Sequential(Stage(1), OnValues(), Stage(1))
     x = torch.randn(2, 8)
     with pytest.raises(fxsd.CaptureError, match=r"'1' \(OnValues\).*if x\.sum\(\) > 0.*It holds 1 residual add, which could not be"):
         fxsd.transform(model)
-    with pytest.warns(UserWarning, match=r"3 residual adds were rewritten, and 1 lie in code that could not be captured: 1 in 1\."):
-        gm = fxsd.transform(model, 0.5, scaling="train", example_inputs=(x,))
+    for seed in range(9):  # an input on which it adds
+        torch.manual_seed(seed)
+        x = torch.randn(2, 8)
+        if model[0](x).sum() > 0 and model[1].inner(model[0](x)).sum() > 0:
+            break
+    gm = fxsd.transform(model, 0.6, scaling="train", example_inputs=(x,))
     assert isinstance(gm, fx.GraphModule)
-    assert [(s.name, s.depth) for s in fxsd.sites(gm)] == [("0.blocks.0", 0), ("1.inner.blocks.0", 1), ("2.blocks.0", 2)]
-    assert any("It holds 1 residual add" in note for note in fxsd.analyze(model, example_inputs=(x,)).notes)
+    expected = [("0.blocks.0", 0), ("1.inner.blocks.0", 1), ("1", 2), ("2.blocks.0", 3)]
+    assert [(s.name, s.depth) for s in fxsd.sites(gm)] == expected
+    assert any("'1' (OnValues) stopped tracing" in note for note in fxsd.analyze(model, example_inputs=(x,)).notes)
     assert torch.equal(gm.eval()(x), model.eval()(x))
-    assert type(gm.get_submodule("1")) is OnValues
+    assert isinstance(gm.get_submodule("1"), OnValues)
     assert gm.get_submodule("1") is not model[1]
     assert type(model[1].inner) is Stage
 
@@ -286,11 +292,11 @@ class CallsTwoWays(nn.Module):
         self.many = ManyWays()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.many(x) + self.many(torch.cat([x, x], 1))
+        y = torch.maximum(self.many(x), self.many(torch.cat([x, x], 1)))
         return y if y.sum() > 0 else -y
 
 
-def test_a_module_that_runs_different_code_in_different_calls_is_taken_apart():
+def test_a_module_that_runs_different_code_in_different_calls_has_its_site_in_both():
     model = CallsTwoWays()
     x = torch.randn(3, 8)
     gm = fxsd.transform(model, scaling="train", example_inputs=(x,))
@@ -568,6 +574,7 @@ class Counts(Numbers):
 
 
 def test_numbers_that_depend_on_the_mode_are_picked_in_one_graph():
+    torch._dynamo.reset()  # other tests have compiled models of these classes
     torch.manual_seed(0)
     model = nn.Sequential(Numbers(), Numbers())
     gm = fxsd.transform(model, 0.0, scaling="train")
@@ -609,9 +616,8 @@ def test_a_failure_leaves_the_model_as_it_was():
 def test_example_inputs_that_do_not_run_are_told():
     model = Detector()
     before = state(model)
-    found = fxsd.analyze(model, example_inputs=([torch.randn(3)],))
-    assert len(found.sites) == 3
-    assert any("does not run on example_inputs in eval mode (RuntimeError: " in note for note in found.notes)
+    with pytest.raises(fxsd.CaptureError, match=r"Nor does the model run on example_inputs: RuntimeError: "):
+        fxsd.analyze(model, example_inputs=([torch.randn(3)],))
     assert same(state(model), before)
 
 

@@ -74,11 +74,14 @@ def test_sites_that_are_left_out_are_not_counted():
 
 
 @pytest.mark.parametrize("depth_by", ["block", "add"])
-def test_a_block_that_is_called_twice_has_two_depths(depth_by: str):
-    assert list(depths(CalledTwice(), depth_by).values()) == [0, 1]
+def test_a_block_that_is_called_twice_has_one_op_and_the_depth_of_its_first_call(depth_by: str):
+    assert depths(CalledTwice(), depth_by) == {"block": 0}
+    x = torch.randn(2, WIDTH)
+    skipped = fxsd.analyze(CalledTwice(), depth_by=depth_by, compute="skip", example_inputs=(x,))
+    assert [site.depth for site in skipped.sites] == [0, 1], "graphs have an op a call"
 
 
-def test_a_numbered_block_that_is_called_twice_keeps_its_adds_together_call_by_call():
+def test_a_numbered_block_that_is_called_twice_keeps_its_adds_together():
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -89,7 +92,9 @@ def test_a_numbered_block_that_is_called_twice_keeps_its_adds_together_call_by_c
                 x = block(x)
             return x
 
-    assert [site.depth for site in fxsd.analyze(Twice()).sites] == [0, 0, 1, 1, 2, 2]
+    assert [site.depth for site in fxsd.analyze(Twice()).sites] == [0, 0, 1, 1]
+    skipped = fxsd.analyze(Twice(), compute="skip", example_inputs=(torch.randn(2, 4, WIDTH),))
+    assert [site.depth for site in skipped.sites] == [0, 0, 1, 1, 2, 2], "graphs have an op a call"
 
 
 # --- order ----------------------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_a_transformed_model_reports_the_sites_that_analyze_promised(case: Case)
         (ParallelSum, ["0", "1"]),
         (ThreeBlocks, ["blocks.0", "blocks.1", "blocks.2"]),
         (lambda: Stack(PreNorm(), BranchRight()), ["blocks.0.0", "blocks.0.1", "blocks.1"]),
-        (CalledTwice, ["block.0", "block.1"]),
+        (CalledTwice, ["block"]),
     ],
 )
 def test_a_site_is_named_by_its_module_and_numbered_where_that_has_several(factory, names: list[str]):

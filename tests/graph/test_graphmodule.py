@@ -99,7 +99,8 @@ def test_modules_between_keep_their_class_and_stay_out_of_the_original():
     names = [name for name, _ in model.named_modules()]
     gm = fxsd.transform(model)
     assert [name for name, _ in model.named_modules()] == names
-    assert type(gm.layer1[0]) is type(model.layer1[0])
+    assert isinstance(gm.layer1[0], type(model.layer1[0]))
+    assert type(gm.layer1) is type(model.layer1)
     assert gm.layer1[0] is not model.layer1[0]
     assert gm.layer1[0].conv1 is model.layer1[0].conv1
     assert gm.layer1[0].conv1.weight is model.layer1[0].conv1.weight
@@ -123,10 +124,28 @@ def test_an_attribute_that_a_graph_module_needs_itself_is_not_shadowed():
         def forward(self, x: Tensor) -> Tensor:
             return x + self.fc(x).relu()
 
-    gm = fxsd.transform(Odd())
+    gm = fxsd.transform(Odd(), compute="skip", example_inputs=(torch.ones(2, 2),))  # a graph runs
     assert isinstance(gm.graph, fx.Graph)
     assert "def forward" in gm.code
     assert gm(torch.ones(1, 2)).shape == (1, 2)
+
+
+def test_a_model_with_attributes_named_as_those_of_a_graph_module_keeps_them():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.graph = nn.Linear(2, 2), "mine"
+
+        def code(self) -> str:
+            return self.graph
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.fc(x).relu()
+
+    gm = fxsd.transform(Odd(), 1.0)
+    assert (gm.graph, gm.code()) == ("mine", "mine")
+    assert torch.equal(gm(torch.ones(1, 2)), torch.ones(1, 2))
+    assert [site.add.name for site in fxsd.sites(gm)] == ["add"]
 
 
 class Pools(nn.Module):
