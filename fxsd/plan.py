@@ -171,6 +171,9 @@ class _Reading:
         traced = _in_order(self.by_part.values(), self.order)
         if not self.seen:
             _check_reach(captured, traced, options)
+        if captured.run_error and not traced.residuals:
+            why = next(iter((*captured.failed.values(), *captured.opaque.values())), "")
+            raise CaptureError(f"{why} Nor does the model run on example_inputs: {told(captured.run_error)}.".lstrip())
         evaluated = [self._in(part, part.eval_graph) for part in captured.parts if part.eval_graph is not None]
         # What a run shows is all of it, of the two modes in the one that runs more; a layer may be left out at random in training.
         shown = sorted(self.seen, key=lambda found: -len(found.residuals)) or [traced]
@@ -385,7 +388,7 @@ def _notes(captured: Captured, at_sites: Set[str], kept: Sequence[str]) -> tuple
     notes += [f"kept as Python, with graphs in it: {why}{_lost(captured.hidden.get(path))}" for path, why in captured.failed.items()]
     if captured.run_error:
         error = told(captured.run_error)
-        notes.append(f"the model does not run on example_inputs in eval mode ({error}), so its parts were captured without examples")
+        notes.append(f"the model does not run on example_inputs in eval mode ({error}): what its graphs do not hold was not seen to run")
     elsewhere = sorted(captured.drop_paths - at_sites)
     if elsewhere:
         notes.append(

@@ -81,7 +81,7 @@ def _rewrite_part(
     retired = _retire(root, [*(plan.residual for plan in plans), *twins.values()])
     numbers: dict[nn.Module, Iterator[int]] = defaultdict(count)  # of the ops in one module
     sizes = Sizes(vary=not any(plan.region.strided for plan in plans if plan.region is not None))
-    for plan in plans:
+    for order, plan in enumerate(plans):
         path = part.to_local(plan.residual.module)
         home = root.get_submodule(path)
         make: Callable[..., StochasticDepth] = StochasticDepth
@@ -95,7 +95,7 @@ def _rewrite_part(
                 work=plan.region.work,
                 turns=plan.region.strided and not plan.residual.batch_dim,
             )
-        op = new_op(plan, plans.index(plan), stochastic_method, scaling, sync_ranks, device_of(home, root), make).train(home.training)
+        op = new_op(plan, order, stochastic_method, scaling, sync_ranks, device_of(home, root), make).train(home.training)
         target = _attach(home, path, op, numbers[home])
         if plan.region is None:
             insert_mask(plan.residual, target, retired)

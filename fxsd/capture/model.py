@@ -77,6 +77,7 @@ class _Capturer:
         # What is seen in a run needs no reader of sources.
         self.hides_sites = hidden_residual_adds if to_run or call is None else _nothing_hidden
         self.observed: tuple[Observed, ...] = ()
+        self.observed_error: Exception | None = None
         drops = drop_paths(model, snapshot.restore)
         self.drop_paths = frozenset(path for path, module in model.named_modules() if module in drops) if drops else frozenset()
         self.fakes = None if call is None else FakeTensorMode(allow_non_fake_inputs=True)  # its first use imports much of torch
@@ -98,7 +99,7 @@ class _Capturer:
             hidden[path] = self.hides_sites(module, self.reached)
             self.reached.update(map(id, module.modules()))
         hidden = {path: adds for path, adds in hidden.items() if adds}
-        error = self._runs[False].error if False in self._runs else None
+        error = self._runs[False].error if False in self._runs else self.observed_error
         return Captured(self.model, tuple(parts), self.drop_paths, self.opaque, self.failed, hidden, error, self.observed)
 
     def whole(self) -> None:
@@ -113,6 +114,9 @@ class _Capturer:
             assert self.call is not None
             runs = [self.run_of(self.call, training) for training in (True, False)]
             ended = [run for run in runs if run.error is None]
+            if not ended and self.parts:  # its graph shows what it shows
+                self.observed_error = runs[1].error
+                return
             if not ended:
                 raise CaptureError(
                     f"{self.failed.get('', '')} Nor does the model run on example_inputs: {told(runs[1].error or Exception())}.".lstrip()

@@ -123,3 +123,34 @@ def test_sites_that_only_a_run_shows_are_shown_in_its_graph():
     again = copy.deepcopy(gm)
     assert [site.name for site in fxsd.sites(again)] == ["0", "1"]
     assert fxsd.sites(again)[0].add.graph is not fxsd.sites(gm)[0].add.graph
+
+
+class Refuses(nn.Module):
+    """A stem that cannot be traced, and does not run where the example is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_meta or float(x.detach().sum()) > -1e9:
+            raise RuntimeError("no kernel")
+        return x
+
+
+def test_where_no_run_ends_the_graph_shows_what_it_shows():
+    model = nn.Sequential(Counts(), nn.Sequential(nn.Linear(4, 4), Refuses()))
+    with pytest.raises(fxsd.CaptureError, match="Nor does the model run on example_inputs: RuntimeError: no kernel"):
+        fxsd.transform(nn.Sequential(Refuses()), example_inputs=(torch.randn(3, 4),))
+    found = fxsd.analyze(nn.Sequential(Residue(), model[1]), example_inputs=(torch.randn(3, 4),))
+    assert [site.module for site in found.sites] == ["0"]
+    assert any("what its graphs do not hold was not seen to run" in note for note in found.notes)
+
+
+class Residue(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x).relu()
