@@ -31,7 +31,7 @@ from fxsd.plan import Plan, Planned
 from fxsd.rewrite import device_of, insert_mask, lint, mark, new_op, take_out
 from fxsd.run import StochasticDepth
 from fxsd.run.runs import Runs
-from fxsd.tree import CONSTANTS, PLACE, Drop, Home, Rewritten, Spot, Writing, ops_of, rebuilt
+from fxsd.tree import CONSTANTS, PLACE, Drop, Home, Rewritten, Spot, Writing, ops_of, original_class, rebuilt
 from fxsd.tree.once import once
 
 _FAST_PATHS = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0), (nn.TransformerEncoder, "use_nested_tensor", False))
@@ -150,9 +150,8 @@ def _homes(model: nn.Module, plans: Sequence[Plan], places: _Places, ops: Mappin
         for (thing, holder, function, behind), drops in writings.items():
             if drops:
                 made[thing].append(Writing(holder, function, behind, tuple(drops)))
-        original = module.original_class if isinstance(module, Rewritten) else type(module)
         things = {thing: tuple(each) for thing, each in made.items() if thing}
-        homes[id(module)] = Home(original, tuple(made[""]), own, things)
+        homes[id(module)] = Home(original_class(module), tuple(made[""]), own, things)
     return homes
 
 
@@ -163,8 +162,7 @@ def _leave_no_fast_path(model: nn.Module, homes: dict[int, Home]) -> None:
             if not isinstance(module, cls) or attribute not in vars(module):
                 continue
             if any(id(inner) in homes and isinstance(inner, nn.TransformerEncoderLayer) for inner in module.modules()):
-                original = module.original_class if isinstance(module, Rewritten) else type(module)
-                home = homes.setdefault(id(module), Home(original, (), {}))
+                home = homes.setdefault(id(module), Home(original_class(module), (), {}))
                 homes[id(module)] = replace(home, attributes={**home.attributes, attribute: value})
 
 

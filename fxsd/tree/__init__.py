@@ -9,11 +9,11 @@ Above: `graph`, `find`, `capture`, `legal` and the verbs at the top. Below: `run
 from fxsd.tree.classes import CONSTANTS, Rewritten, Writing, new_class, ops_of
 from fxsd.tree.edits import Drop
 from fxsd.tree.frames import PLACE, Frames, Whereabouts
-from fxsd.tree.objects import Home, rebuilt
+from fxsd.tree.objects import Home, original_class, rebuilt
 from fxsd.tree.source import NoSource
 from fxsd.tree.spots import Spot, spot
 
 __all__ = [
     "CONSTANTS", "PLACE", "Drop", "Frames", "Home", "NoSource", "Rewritten", "Spot", "Whereabouts", "Writing", "new_class", "ops_of",
-    "rebuilt", "spot",
+    "original_class", "rebuilt", "spot",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -74,7 +74,6 @@ class _Tree:
         new = {id(module) for module in modules if id(module) in homes or id(module) in others} | {id(root)}
         self._new = self._with_those_around(modules, new)
         self._copies: dict[int, nn.Module] = {}
-        self._functions: dict[int, dict[FunctionType, FunctionType]] = {}
         self.root = self._copy(root, is_root=True)
         for module in modules:
             if id(module) in self._copies:
@@ -113,7 +112,7 @@ class _Tree:
         return made
 
     def _class(self, module: nn.Module, home: Home | None, is_root: bool) -> type[nn.Module]:
-        original, writings = (home.original, home.writings) if home is not None else (_original(module), ())
+        original, writings = (home.original, home.writings) if home is not None else (original_class(module), ())
         if is_root and self._made_root is not None:
             return self._made_root(original, writings)
         if id(module) in self._others:
@@ -179,7 +178,8 @@ def _moved(value: Any, copies: Mapping[int, nn.Module]) -> Any:
     return value
 
 
-def _original(module: nn.Module) -> type[nn.Module]:
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that its author gave a module."""
     return module.original_class if isinstance(module, Rewritten) else type(module)
 
 

@@ -139,11 +139,7 @@ def _ratio(value: float | None) -> str:
 def add_step(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of a command the arguments of `step`."""
     parser.set_defaults(run=step)
-    names = f"{', '.join(SMALL)}, torchvision:NAME, timm:NAME or package.module:factory; may be given several times; default vit"
-    parser.add_argument("--model", metavar="MODEL", action="append", help=names)
-    parser.add_argument(
-        "--shape", metavar="3x224x224", type=arguments.shape, help="of one sample, where the name of the model does not tell"
-    )
+    add_model(parser)
     parser.add_argument("--batch", metavar="N", type=positive, help="samples in a step; default what is quick for the model, else 8")
     rate = "a distribution and a rate, such as linear:.4; may be given several times; default uniform:.5"
     parser.add_argument("--rate", metavar="NAME:P", type=spread, action="append", help=rate)
@@ -158,6 +154,15 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", metavar="N", type=positive, default=6, help="steps whose FLOPs are averaged; default 6")
     parser.add_argument("--plot", metavar="FILE.png", help="draws the ratios as bars; needs matplotlib")
     _add_common(parser, 7)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Gives a parser the arguments that say which models are measured."""
+    names = f"{', '.join(SMALL)}, torchvision:NAME, timm:NAME or package.module:factory; may be given several times; default vit"
+    parser.add_argument("--model", metavar="MODEL", action="append", help=names)
+    parser.add_argument(
+        "--shape", metavar="3x224x224", type=arguments.shape, help="of one sample, where the name of the model does not tell"
+    )
 
 
 def add_op(parser: argparse.ArgumentParser) -> None:

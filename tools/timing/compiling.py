@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from measure import arguments, measuring
+from measure import measuring
 from measure.arguments import check, positive, spread
 from measure.stepping import Rate, Step
 from measure.variants import BASE, MASK, TIMM, variants
@@ -20,8 +20,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import fxsd
-from timing.commands import write_figures
-from timing.subjects import SMALL, trainable
+from timing.commands import add_model, write_figures
+from timing.subjects import trainable
 
 WHOLE, BY_BLOCK = "whole", "by block"
 
@@ -106,11 +106,7 @@ def _compiled(model: nn.Module, how: str, blocks: Sequence[str], backend: str) -
 def add_compile(parser: argparse.ArgumentParser) -> None:
     """Gives the parser of a command the arguments of `compile`."""
     parser.set_defaults(run=compile_)
-    names = f"{', '.join(SMALL)}, torchvision:NAME, timm:NAME or package.module:factory; may be given several times; default vit"
-    parser.add_argument("--model", metavar="MODEL", action="append", help=names)
-    parser.add_argument(
-        "--shape", metavar="3x224x224", type=arguments.shape, help="of one sample, where the name of the model does not tell"
-    )
+    add_model(parser)
     parser.add_argument("--batch", metavar="N", type=positive, help="samples in the step; default 4")
     parser.add_argument("--rate", metavar="NAME:P", type=spread, default=Rate("linear", 0.3), help="default linear:.3")
     parser.add_argument("--backend", metavar="BACKEND", default="inductor", help="of torch.compile; default inductor")
